@@ -1,0 +1,65 @@
+# make quickstart   set up, then the main job: data, a sweep of two algorithms, leaderboard, figures
+# make test         set up, then the fast tests (what CI runs)
+#
+# TORCH_BACKEND chooses the build of torch: cpu, cu128, cu130, auto, ... Empty: the default build of
+# the package index, which on Linux is CUDA.
+VENV ?= .venv
+PYTHON ?= python3
+TORCH_BACKEND ?=
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow test-all check fmt smoke bench constraints clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## create the environment
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip install --quiet \
+	  --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) \
+	  -c constraints.txt -e '.[dev,notebooks]'
+	touch $@
+
+quickstart: install  ## the main job, on generated data, in a few minutes
+	$(BIN)/harness quickstart
+
+test: install  ## fast tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+
+test-slow: install  ## slow tests: faults, full sweeps, compiled steps
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-all: test test-slow  ## both
+
+check: install  ## lint, format and types, as CI runs them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy algorithms results harness analysis
+
+fmt: install  ## format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+smoke: install  ## spec to figure on CPU in about a minute, in a throw-away folder
+	set -e; home=$$(mktemp -d); trap 'rm -rf "$$home"' EXIT; \
+	export MINARI_DATASETS_PATH="$$home/data" HARNESS_HOME="$$home/runs"; \
+	$(BIN)/harness data make bandit2d; \
+	$(BIN)/harness sweep experiments/smoke.yaml; \
+	$(BIN)/harness leaderboard experiments/smoke.yaml; \
+	$(BIN)/harness figures experiments/smoke.yaml
+
+bench: install  ## all benchmarks, as ratios measured side by side
+	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+constraints: install  ## renew constraints.txt (review the difference before committing)
+	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --all-extras --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links -o constraints.txt
+	sed -i -E 's/^(torch==[^+]*)\+.*/\1/' constraints.txt
+
+clean:  ## remove the environment and caches, never results
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

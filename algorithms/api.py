@@ -1,0 +1,171 @@
+"""The types an algorithm is written against: nothing here knows Ray, a database or Minari.
+
+Shape letters: `K` seeds (always leading), `B` batch, `L` segment length, `O` obs dim, `A` action dim, `N` environments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Metrics = dict[str, Tensor]
+"""Name to a tensor of shape [K], one value per seed."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Float32 transitions, leading [K, B], or segments, leading [K, B, L].
+
+    `terminated` and `truncated` are 0/1 floats. Bootstrapping uses `discount * (1 - terminated)`:
+    `next_obs` is the real next observation also where `truncated` is 1.
+    """
+
+    obs: Tensor  # [K, B, O]
+    action: Tensor  # [K, B, A]
+    reward: Tensor  # [K, B]
+    next_obs: Tensor  # [K, B, O]
+    terminated: Tensor  # [K, B]
+    truncated: Tensor  # [K, B]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of the transitions a learner can draw, after the spec's data transforms."""
+
+    obs_mean: tuple[float, ...]
+    obs_std: tuple[float, ...]  # population standard deviation
+    reward_mean: float
+    reward_std: float
+    return_min: float  # smallest and largest undiscounted return of a whole episode
+    return_max: float
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What a learner may know of its dataset when it is built."""
+
+    id: str
+    digest: str  # sha256 over content
+    obs_dim: int
+    action_dim: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    num_steps: int  # transitions that can be drawn
+    num_episodes: int
+    statistics: Statistics
+
+
+class Rng(Protocol):
+    """Counter-based random numbers; a draw is a function of (seed, stream, step, site).
+
+    The site is the position of the call within one step, so a step must make the same calls in
+    the same order every time.
+    """
+
+    @property
+    def step(self) -> Tensor:
+        """Number of gradient steps done before this one, int64 [K]."""
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Float32 in [0, 1), shape [K, *shape]."""
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal float32, shape [K, *shape]."""
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Int64 in [0, high), shape [K, *shape]."""
+
+
+class Dataset(Protocol):
+    """Read-only transitions, resident on the learner's device."""
+
+    spec: DatasetSpec
+
+    def transitions(self, rng: Rng, batch_size: int) -> Batch:
+        """Uniform draws with replacement, independent for each seed: [K, B, ...]."""
+
+    def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
+        """Windows of consecutive steps that never cross an episode border: [K, B, L, ...]."""
+
+    def mixed(self, synthetic: Batch, fraction: float) -> Dataset:
+        """A dataset whose batches hold `fraction` synthetic rows (synthetic is led by K)."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """An `nn.Module` built as `Learner(config, dataset.spec, seeds, inputs)`.
+
+    Everything that changes during training is a registered parameter or buffer led by K, and no
+    parameter requires grad (gradients come from `blocks.optim.gradients`). A learner may also
+    have `refresh_every: int` and `refresh(dataset, rng) -> Dataset`.
+    """
+
+    def sample(self, dataset: Dataset, rng: Rng) -> Batch: ...
+
+    def update(self, batch: Batch, rng: Rng) -> Metrics:
+        """One gradient step; no host synchronisation, no Python branch on a tensor."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """The last stage's learner."""
+
+    def act(self, obs: Tensor, rng: Rng) -> Tensor:
+        """Actions within the dataset's bounds: [K, N, O] -> [K, N, A]."""
+
+
+@dataclass(frozen=True)
+class StageInput:
+    """What a needed stage left behind, as a later stage receives it."""
+
+    config: Any  # the needed stage's own config
+    state: Mapping[str, Tensor]  # a Train's state_dict or a Make's arrays, every tensor led by K
+    dataset: Dataset | None = None  # a Make's dataset, if it wrote one
+
+
+@dataclass(frozen=True)
+class Train:
+    """A stage that learns for `steps` gradient steps."""
+
+    name: str
+    learner: type
+    config: Any
+    steps: int
+    needs: tuple[str, ...] = ()
+    per_seed: bool = True  # False: one result shared by all seeds
+
+
+@dataclass(frozen=True)
+class Make:
+    """A stage that computes: called as `function(config, dataset, inputs, rng, out)`."""
+
+    name: str
+    function: Callable[..., None]
+    config: Any
+    needs: tuple[str, ...] = ()
+    per_seed: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an entry point in the group `harness.algorithms` resolves to.
+
+    The last stage of `stages(config)` is a `Train` whose learner is also a `Policy`.
+    """
+
+    name: str
+    revision: int  # bumped whenever the numbers change
+    config: type  # frozen dataclass with a default for every field, `steps` among them
+    stages: Callable[[Any], tuple[Train | Make, ...]]
+    hparams: Path | None = None  # YAML: a default block, then per-dataset blocks
+    summary: str = ""
+    paper: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
