@@ -1,0 +1,104 @@
+"""Action values, state values and the targets they are regressed on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from algorithms.api import Rng
+from algorithms.blocks.layers import MLP
+from algorithms.blocks.optim import per_seed
+
+
+class QEnsemble(nn.Module):
+    """E independent q networks per seed: (obs [K, *rows, O], action [K, *rows, A]) -> [K, E, *rows].
+
+    Args:
+        hidden_dims: widths of the hidden layers.
+    """
+
+    def __init__(
+        self,
+        rng: Rng,
+        obs_dim: int,
+        action_dim: int,
+        hidden_dims: Sequence[int],
+        activation: str = "relu",
+        num_critics: int = 2,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = (obs_dim + action_dim, *hidden_dims, 1)
+        self.net = MLP(rng, sizes, activation, ensemble=num_critics, layer_norm=layer_norm)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        return self.net(torch.cat((obs, action), dim=-1).unsqueeze(1)).squeeze(-1)
+
+
+class Value(nn.Module):
+    """One state-value network per seed: obs [K, *rows, O] -> [K, *rows]."""
+
+    def __init__(
+        self,
+        rng: Rng,
+        obs_dim: int,
+        hidden_dims: Sequence[int],
+        activation: str = "relu",
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = MLP(rng, (obs_dim, *hidden_dims, 1), activation, layer_norm=layer_norm)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+def td_target(reward: Tensor, terminated: Tensor, next_v: Tensor, discount: float) -> Tensor:
+    """reward + discount * (1 - terminated) * next_v; a truncated step still bootstraps."""
+    return reward + discount * (1.0 - terminated) * next_v
+
+
+def squared_td_error(q: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the batch, summed over the E critics: [K, E, B], [K, B] -> [K]."""
+    return (q - target.unsqueeze(1)).square().mean(dim=-1).sum(dim=-1)
+
+
+def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
+    """Element-wise |expectile - 1[difference < 0]| * difference**2 (Kostrikov et al., 2022, Eq. 5).
+
+    0.5 is half the squared error; above 0.5 positive differences weigh more.
+    """
+    weight = torch.where(difference < 0, 1.0 - expectile, expectile)
+    return weight * difference.square()
+
+
+def max_q_backup(q: Tensor) -> Tensor:
+    """Value of the best of C candidates: max per critic first, then min over critics.
+
+    CQL's option of that name, as Diffusion-QL uses it: [K, E, C, B] -> [K, B].
+    """
+    return q.amax(dim=2).amin(dim=1)
+
+
+def polyak_update(
+    target: nn.Module, online: nn.Module, tau: float, where: Tensor | None = None
+) -> None:
+    """Moves `target` towards `online` in place: target += tau * (online - target).
+
+    Also the exponential moving average of a policy, with tau = 1 - ema_decay.
+
+    Args:
+        tau: weight of the online parameters, in [0, 1]; 1 copies.
+        where: bool [K]; seeds that are False keep their target bit for bit.
+    Raises:
+        ValueError: if the two modules have different parameters.
+    """
+    targets, onlines = dict(target.named_parameters()), dict(online.named_parameters())
+    if targets.keys() != onlines.keys():
+        names = ", ".join(sorted(targets.keys() ^ onlines.keys()))
+        raise ValueError(f"target and online have different parameters, in only one: {names}")
+    for name, value in targets.items():
+        moved = value + tau * (onlines[name] - value)
+        value.copy_(moved if where is None else torch.where(per_seed(where, value), moved, value))

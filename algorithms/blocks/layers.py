@@ -1,0 +1,196 @@
+"""Layers for K seeds at once: weights are [K, in, out], or [K, E, in, out] for ensembles.
+
+Inputs are [K, *rows, in], or [K, E, *rows, in] for ensembles (an E of 1 broadcasts); `rows` is one
+or more dimensions. No parameter requires grad: gradients come from `blocks.optim.gradients`.
+Initial values are drawn from an `Rng`, so a seed's network does not depend on the stack.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from algorithms.api import Rng
+
+M = TypeVar("M", bound=nn.Module)
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": functional.relu,
+    "mish": functional.mish,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+def constant(value: Tensor) -> nn.Parameter:
+    """A parameter that is updated in place and never asks autograd for a gradient."""
+    return nn.Parameter(value.contiguous(), requires_grad=False)
+
+
+def frozen_copy(module: M) -> M:
+    """A copy with its own storage, for targets and averages."""
+    return copy.deepcopy(module)
+
+
+def orthogonal(normal: Tensor, gain: float = 1.0) -> Tensor:
+    """(Semi-)orthogonal matrices [..., in, out] made of standard normal ones of that shape.
+
+    Saxe et al. (2014); the sign convention of `torch.nn.init.orthogonal_`: uniform over
+    orthogonal matrices.
+    """
+    tall = normal if normal.shape[-2] >= normal.shape[-1] else normal.mT
+    q, r = torch.linalg.qr(tall)
+    q = q * torch.sign(torch.diagonal(r, dim1=-2, dim2=-1)).unsqueeze(-2)
+    return gain * (q if normal.shape[-2] >= normal.shape[-1] else q.mT)
+
+
+class Linear(nn.Module):
+    """x @ weight + bias for every seed.
+
+    Initialisation is PyTorch's default: weights and biases uniform in +-1/sqrt(in_dim). With
+    `orthogonal_gain`, orthogonal weights and zero biases.
+
+    Args:
+        ensemble: number of networks E per seed, or None for one network without the E dimension.
+    """
+
+    def __init__(
+        self,
+        rng: Rng,
+        in_dim: int,
+        out_dim: int,
+        ensemble: int | None = None,
+        orthogonal_gain: float | None = None,
+    ) -> None:
+        super().__init__()
+        lead = () if ensemble is None else (ensemble,)
+        if orthogonal_gain is None:
+            bound = 1.0 / math.sqrt(in_dim)
+            weight = (2.0 * rng.uniform(*lead, in_dim, out_dim) - 1.0) * bound
+            bias = (2.0 * rng.uniform(*lead, out_dim) - 1.0) * bound
+        else:
+            weight = orthogonal(rng.normal(*lead, in_dim, out_dim), orthogonal_gain)
+            bias = torch.zeros_like(weight[..., 0, :])
+        self.weight = constant(weight)  # [K, (E,) in, out]
+        self.bias = constant(bias)  # [K, (E,) out]
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = self.weight.dim() - 2
+        if x.dim() < lead + 2:
+            raise ValueError(
+                f"input has shape {tuple(x.shape)}; expected [K, {'E, ' * (lead - 1)}*rows, in] "
+                "with at least one dimension of rows"
+            )
+        rows = x.shape[lead:-1]
+        y = torch.matmul(x.flatten(lead, -2), self.weight) + self.bias.unsqueeze(-2)
+        return y if len(rows) == 1 else y.unflatten(lead, rows)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension with a scale and a shift per seed."""
+
+    def __init__(self, rng: Rng, dim: int, ensemble: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__()
+        shape = (rng.step.shape[0], *(() if ensemble is None else (ensemble,)), dim)
+        self.weight = constant(torch.ones(shape, device=rng.step.device))  # [K, (E,) dim]
+        self.bias = constant(torch.zeros(shape, device=rng.step.device))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+        shape = (*self.weight.shape[:-1], *(1,) * (x.dim() - self.weight.dim()), x.shape[-1])
+        return normalized * self.weight.view(shape) + self.bias.view(shape)
+
+
+def dropout(x: Tensor, rate: float, rng: Rng) -> Tensor:
+    """x with each entry zeroed with probability `rate` and the others scaled by 1 / (1 - rate)."""
+    keep = rng.uniform(*x.shape[1:]) >= rate
+    return torch.where(keep, x / (1.0 - rate), 0.0)
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them: sizes[0] -> ... -> sizes[-1].
+
+    Each hidden layer is Linear, then optionally LayerNorm, then the activation, then dropout.
+
+    Args:
+        sizes: input, hidden and output widths.
+        activation: a name in `ACTIVATIONS`.
+        dropout_rate: applied only to calls that pass `rng`.
+        output_gain: gain of the last layer if `orthogonal_gain` is given (default: the same).
+    Raises:
+        ValueError: for an unknown activation or fewer than two sizes.
+    """
+
+    def __init__(
+        self,
+        rng: Rng,
+        sizes: Sequence[int],
+        activation: str = "relu",
+        ensemble: int | None = None,
+        layer_norm: bool = False,
+        dropout_rate: float = 0.0,
+        orthogonal_gain: float | None = None,
+        output_gain: float | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if len(sizes) < 2:
+            raise ValueError(f"sizes is {list(sizes)}; expected at least an input and an output")
+        hidden = len(sizes) - 2
+        gains = [orthogonal_gain] * hidden + [
+            orthogonal_gain if output_gain is None else output_gain
+        ]
+        self.layers = nn.ModuleList(
+            Linear(rng, sizes[i], sizes[i + 1], ensemble, gains[i]) for i in range(hidden + 1)
+        )
+        self.norms = nn.ModuleList(
+            LayerNorm(rng, width, ensemble) for width in sizes[1:-1] if layer_norm
+        )
+        self.activation = activation
+        self.dropout_rate = dropout_rate
+
+    def forward(self, x: Tensor, rng: Rng | None = None) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i == len(self.layers) - 1:
+                return x
+            if len(self.norms) > 0:
+                x = self.norms[i](x)
+            x = ACTIVATIONS[self.activation](x)
+            if rng is not None and self.dropout_rate > 0.0:
+                x = dropout(x, self.dropout_rate, rng)
+        return x
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, cosines_first: bool = False) -> Tensor:
+    """Sines and cosines of `t` at dim / 2 frequencies from 1 down to 1e-4: [..., dim].
+
+    Frequencies exp(-k log(10000) / (dim / 2 - 1)), k = 0 ... dim / 2 - 1 (Vaswani et al., 2017, as
+    written for diffusion models). Sines come first, as in Diffusion-QL's code, or cosines, as in
+    JAX implementations.
+
+    Args:
+        t: any shape, integer or float.
+    Raises:
+        ValueError: if `dim` is odd or below 4.
+    """
+    if dim < 4 or dim % 2:
+        raise ValueError(f"time embedding of dimension {dim}; expected an even number of at least 4")
+    half = dim // 2
+    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    angle = t.float().unsqueeze(-1) * torch.exp(k * (-math.log(10000.0) / (half - 1)))
+    waves = (torch.cos(angle), torch.sin(angle)) if cosines_first else (
+        torch.sin(angle),
+        torch.cos(angle),
+    )
+    return torch.cat(waves, dim=-1)
