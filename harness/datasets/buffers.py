@@ -1,0 +1,361 @@
+"""Transitions as tensors on a device: what a learner draws batches from.
+
+One copy is shared by all seeds of a stack; a batch [K, B, ...] is a gather with each seed's own
+indices. Everything a compiled step calls here is plain tensor code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from algorithms.api import Batch, Dataset, DatasetSpec, Rng, Statistics
+from harness.datasets.data_spec import DataSpec
+from harness.datasets.errors import DatasetError
+from harness.datasets.minari import load_raw
+
+if TYPE_CHECKING:
+    from harness.datasets.minari import RawDataset
+
+__all__ = ["DataSpec", "MixedDataset", "TransitionDataset", "load"]
+
+_FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+
+
+def load(
+    dataset_id: str, data: DataSpec | Mapping[str, Any] | None = None, device: Any = "cpu"
+) -> TransitionDataset:
+    """A stored dataset, transformed as `data` says, on `device`.
+
+    Raises:
+        DatasetError: if it is not stored, damaged or does not fit the transforms.
+    """
+    data = data if isinstance(data, DataSpec) else DataSpec(**(data or {}))
+    return TransitionDataset.from_raw(load_raw(dataset_id), data).to(device)
+
+
+class TransitionDataset:
+    """All transitions of a dataset: float32 tensors led by S, in storage order.
+
+    Implements `algorithms.api.Dataset`. `next_obs` is the real next observation everywhere, also
+    across a time limit; no transition and no segment crosses an episode border.
+    """
+
+    def __init__(
+        self,
+        spec: DatasetSpec,
+        obs: Tensor,  # [S, O]
+        action: Tensor,  # [S, A]
+        reward: Tensor,  # [S]
+        next_obs: Tensor,  # [S, O]
+        terminated: Tensor,  # [S], 0 or 1
+        truncated: Tensor,  # [S], 0 or 1
+        lengths: np.ndarray,  # [E], transitions of each episode, in order
+    ) -> None:
+        self.spec = spec
+        self.obs = obs
+        self.action = action
+        self.reward = reward
+        self.next_obs = next_obs
+        self.terminated = terminated
+        self.truncated = truncated
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        # Steps from each transition to its episode's end, itself included. Sorted by it, the
+        # starts of windows of length L are the first `_num_starts(L)` entries of `_by_remaining`,
+        # for every L at once and without a shape that depends on data.
+        total = int(self._lengths.sum())
+        if total != len(obs):
+            raise ValueError(f"episode lengths sum to {total}; expected {len(obs)} transitions")
+        ends = np.repeat(np.cumsum(self._lengths), self._lengths)
+        remaining = ends - np.arange(total)
+        order = np.argsort(-remaining, kind="stable")
+        self._sorted_remaining = -remaining[order]  # ascending, for searchsorted
+        self._by_remaining = torch.from_numpy(order).to(obs.device)
+
+    @classmethod
+    def from_raw(cls, raw: RawDataset, data: DataSpec) -> TransitionDataset:
+        """Applies `data` to validated arrays.
+
+        Raises:
+            DatasetError: if no transition is left, or a reward transform is undefined.
+        """
+        episodes = _top_episodes(raw, data)
+        keep = _kept_steps(raw, data, episodes)
+        steps = np.flatnonzero(keep)
+        if not len(steps):
+            raise DatasetError(
+                f"dataset {raw.id!r}: no transition is left: every episode is one truncated step "
+                "and data.truncated_last_step is 'drop'; set it to 'keep'"
+            )
+        _refuse_lost_rewards(raw, data, episodes, steps)
+        episode_of_step = raw.episode_of_step
+        rows = steps + episode_of_step[steps]  # episode e has e extra observations before it
+        transform = _reward_transform(raw, data, steps)
+        reward = transform(raw.reward[steps])
+        obs = raw.obs[rows]
+        whole = np.isin(episode_of_step, episodes)
+        borders = np.flatnonzero(np.diff(episode_of_step[whole], prepend=-1))
+        returns = np.add.reduceat(transform(raw.reward[whole]), borders)
+        kept_lengths = np.bincount(episode_of_step[steps], minlength=raw.num_episodes)
+        kept_lengths = kept_lengths[kept_lengths > 0]
+        spec = DatasetSpec(
+            id=raw.id,
+            digest=raw.digest,
+            obs_dim=obs.shape[1],
+            action_dim=raw.action.shape[1],
+            action_low=tuple(raw.action_low.tolist()),
+            action_high=tuple(raw.action_high.tolist()),
+            num_steps=len(steps),
+            num_episodes=len(kept_lengths),
+            statistics=_statistics(obs, reward, returns),
+        )
+        return cls(
+            spec,
+            obs=torch.from_numpy(obs),
+            action=torch.from_numpy(raw.action[steps]),
+            reward=torch.from_numpy(reward.astype(np.float32)),
+            next_obs=torch.from_numpy(raw.obs[rows + 1]),
+            terminated=torch.from_numpy(raw.terminated[steps].astype(np.float32)),
+            truncated=torch.from_numpy(raw.truncated[steps].astype(np.float32)),
+            lengths=kept_lengths,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.obs.device
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors."""
+        tensors = [getattr(self, name) for name in _FIELDS] + [self._by_remaining]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def to(self, device: Any) -> TransitionDataset:
+        """The same dataset on another device (itself if it is there already)."""
+        if torch.device(device) == self.device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in _FIELDS}
+        return TransitionDataset(self.spec, **moved, lengths=self._lengths)
+
+    def transitions(self, rng: Rng, batch_size: int) -> Batch:
+        """Uniform draws with replacement, independent for each seed: [K, B, ...]."""
+        return self._gather(rng.integers(self.spec.num_steps, batch_size))  # [K, B]
+
+    def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
+        """Windows of consecutive transitions, uniform over all that fit: [K, B, L, ...].
+
+        Raises:
+            ValueError: if no episode has `length` transitions.
+        """
+        choice = rng.integers(self._num_starts(length), batch_size)  # [K, B]
+        start = self._by_remaining[choice]
+        return self._gather(start.unsqueeze(-1) + torch.arange(length, device=start.device))
+
+    def mixed(self, synthetic: Batch, fraction: float) -> Dataset:
+        """A dataset whose batches hold `fraction` synthetic rows, rounded to whole rows.
+
+        Args:
+            synthetic: transitions [K, M, ...] or windows [K, M, L, ...], each seed its own.
+            fraction: in [0, 1].
+        """
+        return MixedDataset(self, synthetic, fraction)
+
+    @torch.compiler.assume_constant_result
+    def _num_starts(self, length: int) -> int:
+        if length < 1:
+            raise ValueError(f"segment length is {length}; expected at least 1")
+        count = int(np.searchsorted(self._sorted_remaining, -length, side="right"))
+        if count == 0:
+            raise ValueError(
+                f"segment length is {length}; the longest episode of {self.spec.id!r} has "
+                f"{int(self._lengths.max())} transitions. Choose a shorter length"
+            )
+        return count
+
+    def _gather(self, index: Tensor) -> Batch:
+        return Batch(**{name: getattr(self, name)[index] for name in _FIELDS})
+
+
+class MixedDataset:
+    """Real and synthetic rows in every batch: the first rows are real, the last synthetic.
+
+    The number of synthetic rows is fixed (`round(fraction * batch_size)`), as in policy-guided
+    diffusion (240 of 256), not drawn. `spec` stays that of the real data.
+    """
+
+    def __init__(self, real: Dataset, synthetic: Batch, fraction: float) -> None:
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"fraction is {fraction}; expected a number in [0, 1]")
+        lead = tuple(synthetic.reward.shape)
+        if len(lead) not in (2, 3) or 0 in lead:
+            raise ValueError(
+                f"synthetic reward has shape {lead}; expected transitions [K, M] or windows "
+                "[K, M, L], none of them empty"
+            )
+        for name, width in (
+            ("obs", real.spec.obs_dim),
+            ("action", real.spec.action_dim),
+            ("next_obs", real.spec.obs_dim),
+            ("terminated", None),
+            ("truncated", None),
+        ):
+            expected = lead if width is None else (*lead, width)
+            shape = tuple(getattr(synthetic, name).shape)
+            if shape != expected:
+                raise ValueError(f"synthetic {name} has shape {shape}; expected {expected}")
+        self.real = real
+        self.spec = real.spec
+        self.fraction = fraction
+        self._windows = synthetic if len(lead) == 3 else None  # [K, M, L, ...]
+        self._rows = synthetic if len(lead) == 2 else _flat_windows(synthetic)  # [K, M, ...]
+
+    def transitions(self, rng: Rng, batch_size: int) -> Batch:
+        """`batch_size` rows, of which `round(fraction * batch_size)` are synthetic: [K, B, ...]."""
+        made = round(self.fraction * batch_size)
+        parts = []
+        if made < batch_size:
+            parts.append(self.real.transitions(rng, batch_size - made))
+        if made > 0:
+            index = rng.integers(self._rows.reward.shape[1], made)  # [K, made]
+            parts.append(_pick(self._rows, index))
+        return _joined(parts)
+
+    def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
+        """Windows, of which `round(fraction * batch_size)` are synthetic: [K, B, L, ...].
+
+        Raises:
+            ValueError: if the synthetic data are single transitions or shorter than `length`.
+        """
+        made = round(self.fraction * batch_size)
+        parts = []
+        if made < batch_size:
+            parts.append(self.real.segments(rng, batch_size - made, length))
+        if made > 0:
+            if self._windows is None or self._windows.reward.shape[2] < length:
+                have = 1 if self._windows is None else self._windows.reward.shape[2]
+                raise ValueError(
+                    f"segment length is {length}, synthetic windows have {have} steps; generate "
+                    "longer windows or draw transitions"
+                )
+            count, steps = self._windows.reward.shape[1:3]
+            starts = steps - length + 1
+            choice = rng.integers(count * starts, made)  # [K, made]
+            device = choice.device
+            rows = torch.arange(count * steps, device=device).view(count, steps)
+            start = rows[:, :starts].reshape(-1)[choice]
+            index = start.unsqueeze(-1) + torch.arange(length, device=device)
+            parts.append(_pick(self._rows, index))
+        return _joined(parts)
+
+    def mixed(self, synthetic: Batch, fraction: float) -> Dataset:
+        """Mixes once more, taking this dataset as the real one."""
+        return MixedDataset(self, synthetic, fraction)
+
+
+def _flat_windows(windows: Batch) -> Batch:
+    """[K, M, L, ...] -> [K, M * L, ...]."""
+    return Batch(**{name: getattr(windows, name).flatten(1, 2) for name in _FIELDS})
+
+
+def _pick(rows: Batch, index: Tensor) -> Batch:
+    """Rows of each seed by its own indices: [K, M, ...] by [K, ...] -> [K, ...]."""
+    seed = torch.arange(index.shape[0], device=index.device)
+    seed = seed.view(-1, *([1] * (index.ndim - 1)))
+    return Batch(**{name: getattr(rows, name)[seed, index] for name in _FIELDS})
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    return Batch(**{name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in _FIELDS})
+
+
+# -------------------------------------------------------------------------------------- transforms
+
+
+def _top_episodes(raw: RawDataset, data: DataSpec) -> np.ndarray:
+    """Indices of the episodes to keep, ascending."""
+    if data.top_fraction >= 1.0:
+        return np.arange(raw.num_episodes)
+    # 1e-9: 0.29 * 100 is 28.999... in floating point
+    count = max(1, int(data.top_fraction * raw.num_episodes + 1e-9))
+    best_first = np.argsort(-raw.returns(data.discount), kind="stable")
+    return np.sort(best_first[:count])
+
+
+def _kept_steps(raw: RawDataset, data: DataSpec, episodes: np.ndarray) -> np.ndarray:
+    """Mask of the steps a learner can draw, bool [S]."""
+    keep = np.isin(raw.episode_of_step, episodes)
+    if data.truncated_last_step == "drop" and not raw.last_step_dropped:
+        # As in D4RL, also where the step happens to be terminal.
+        keep &= ~raw.truncated
+    return keep
+
+
+def _refuse_lost_rewards(
+    raw: RawDataset, data: DataSpec, episodes: np.ndarray, steps: np.ndarray
+) -> None:
+    """PointMaze cuts episodes at the goal: dropping last steps there drops every reward."""
+    before = raw.reward[np.isin(raw.episode_of_step, episodes)]
+    after = raw.reward[steps]
+    if 1 < len(after) < len(before) and np.ptp(after) == 0.0 and np.ptp(before) > 0.0:
+        raise DatasetError(
+            f"dataset {raw.id!r}: with data.truncated_last_step 'drop' every reward is "
+            f"{after[0]:g}, because the others ({len(np.unique(before))} different values) are on "
+            "the last steps of truncated episodes. Set data.truncated_last_step to 'keep' (next "
+            "observations are real there)"
+        )
+
+
+def _reward_transform(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any:
+    """The function from raw to transformed rewards, fitted on the steps that can be drawn."""
+    reward = raw.reward[steps]
+    if data.reward == "none":
+        return lambda r: r
+    if data.reward == "cql_antmaze":
+        return lambda r: (r - 0.5) * 4.0
+    if data.reward == "iql_antmaze":
+        return lambda r: r - 1.0
+    if data.reward == "antmaze":
+        return lambda r: (r - 0.25) * 2.0
+    if data.reward == "normalize":
+        std = reward.std(ddof=1) if len(reward) > 1 else 0.0
+        if not std > 0.0:
+            raise DatasetError(
+                f"dataset {raw.id!r}: data.reward 'normalize' divides by the rewards' standard "
+                f"deviation, which is {std}; use 'none'"
+            )
+        mean = reward.mean()
+        return lambda r: (r - mean) / std
+    assert data.reward == "iql_locomotion"
+    ends = np.flatnonzero(raw.terminated[steps])
+    if len(ends):
+        returns = np.add.reduceat(reward[: ends[-1] + 1], np.concatenate(([0], ends[:-1] + 1)))
+        spread = float(returns.max() - returns.min())
+    else:
+        spread = 0.0
+    if not spread > 0.0:
+        raise DatasetError(
+            f"dataset {raw.id!r}: data.reward 'iql_locomotion' divides by the range of returns of "
+            f"trajectories that end in a termination; there are {len(ends)}, with range {spread}. "
+            "Use 'none' or 'normalize'"
+        )
+    return lambda r: r / spread * 1000.0
+
+
+def _statistics(obs: np.ndarray, reward: np.ndarray, returns: np.ndarray) -> Statistics:
+    """Float64 statistics; the order of summation is fixed, so they are reproducible."""
+    mean = obs.mean(axis=0, dtype=np.float64)
+    std = obs.std(axis=0, dtype=np.float64)
+    return Statistics(
+        obs_mean=tuple(mean.tolist()),
+        obs_std=tuple(std.tolist()),
+        reward_mean=float(reward.mean()),
+        reward_std=float(reward.std(ddof=1)) if len(reward) > 1 else 0.0,
+        return_min=float(returns.min()),
+        return_max=float(returns.max()),
+    )

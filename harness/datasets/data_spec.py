@@ -1,0 +1,52 @@
+"""The data transforms an experiment may name; part of a trial's identity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+REWARD_TRANSFORMS = (
+    "none",
+    "normalize",
+    "cql_antmaze",
+    "iql_antmaze",
+    "iql_locomotion",
+    "antmaze",
+)
+TRUNCATED_LAST_STEP = ("drop", "keep")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which transitions a learner sees, and with which rewards.
+
+    Attributes:
+        reward: transform of the rewards, over the transitions that can be drawn (r is a reward):
+            `none`; `normalize`: (r - mean) / unbiased std; `cql_antmaze`: 4 (r - 0.5);
+            `iql_antmaze`: r - 1; `antmaze`: 2 (r - 0.25); `iql_locomotion`: 1000 r / (max - min)
+            of the returns of trajectories split on terminations only, a trajectory left open at
+            the end not counted. Definitions are those of the Diffusion-QL code (`reward_tune`).
+        truncated_last_step: `drop` leaves out the last transition of a time-limited episode, as
+            D4RL's `qlearning_dataset` does; `keep` keeps it, with its real next observation.
+        top_fraction: keeps the best fraction of episodes by discounted raw return, at least one
+            (10 % BC: 0.1). Ties go to the earlier episode; the data's order is kept.
+        discount: of the returns `top_fraction` ranks by.
+    """
+
+    reward: str = "none"
+    truncated_last_step: str = "drop"
+    top_fraction: float = 1.0
+    discount: float = 0.99
+
+    def __post_init__(self) -> None:
+        for field, value, known in (
+            ("reward", self.reward, REWARD_TRANSFORMS),
+            ("truncated_last_step", self.truncated_last_step, TRUNCATED_LAST_STEP),
+        ):
+            if value not in known:
+                raise ValueError(f"data.{field} is {value!r}; expected one of {', '.join(known)}")
+        for field, number in (("top_fraction", self.top_fraction), ("discount", self.discount)):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise TypeError(f"data.{field} is {number!r}; expected a number in (0, 1]")
+            if not (math.isfinite(number) and 0.0 < number <= 1.0):
+                raise ValueError(f"data.{field} is {number}; expected a number in (0, 1]")
