@@ -1,0 +1,424 @@
+"""The command line: the composition root, and the one file that may know all four packages.
+
+Exit codes: 0 ok, 1 some runs failed or diverged, 2 usage (a wrong argument, spec, name or
+dataset), 3 environment (database, Ray, disk, a missing package), 130 interrupted. Heavy packages
+are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from harness.datasets.cli import app as data_app
+
+if TYPE_CHECKING:
+    from harness.home import Home
+    from harness.spec import Experiment
+    from results.store import Store
+
+OK, SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Offline RL benchmarks you can trust: sweeps of stacked seeds, a results database, "
+    "leaderboards with intervals.",
+)
+app.add_typer(data_app, name="data", help="Datasets: list, card, verify, make, import, download.")
+
+console = Console()
+errors = Console(stderr=True)
+
+HomeOption = Annotated[
+    str | None,
+    typer.Option("--home", help="Folder of database and artifacts [HARNESS_HOME, ./runs]."),
+]
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option("--db", help="Database URL [HARNESS_DB, SQLite in the home folder]."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+SpecArgument = Annotated[Path, typer.Argument(help="Experiment file, such as experiments/*.yaml.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Dotted overrides: steps=2000 seeds=0-9 evaluation.episodes=20"),
+]
+OptionalSpec = Annotated[
+    Path | None, typer.Argument(help="Only the trials of this experiment (default: all).")
+]
+SelectOption = Annotated[
+    str,
+    typer.Option(
+        "--select",
+        help="Which evaluation counts: last, last-K (mean of the last K), or best "
+        "(flagged: it chooses by test rollouts).",
+    ),
+]
+
+
+def _open(home: str | None, db: str | None) -> tuple[Home, Store]:
+    from harness.home import Home
+    from results.store import Store
+
+    found = Home.find(home)
+    return found, Store.open(found.database_url(db))
+
+
+def _trial_ids(spec: Path | None, overrides: list[str] | None) -> list[str] | None:
+    """Ids of a spec's trials, or None for all trials of the database."""
+    if spec is None:
+        return None
+    from harness.spec import load_experiment
+
+    return [trial.id for trial in load_experiment(spec, overrides or []).trials]
+
+
+# ------------------------------------------------------------------------------------- sweeps
+
+
+@app.command()
+def sweep(
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, run nothing.")
+    ] = False,
+    retry_diverged: Annotated[
+        bool, typer.Option("--retry-diverged", help="Run diverged trials again, from step 0.")
+    ] = False,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train and evaluate what a spec asks for and the database does not have yet."""
+    from harness.spec import load_experiment
+
+    experiment = load_experiment(spec, overrides or [])
+    _sweep(experiment, dry_run, retry_diverged, home, db, as_json)
+
+
+def _sweep(
+    experiment: Experiment,
+    dry_run: bool,
+    retry_diverged: bool,
+    home: str | None,
+    db: str | None,
+    as_json: bool,
+) -> None:
+    from harness.display import Display
+    from harness.plan import measured_rates
+    from harness.sweep import plan_sweep, run_sweep
+
+    found, store = _open(home, db)
+    retry = ("failed", "diverged") if retry_diverged else ("failed",)
+    with store:
+        plan = plan_sweep(experiment, store, found, retry=retry).describe(measured_rates(store))
+        if dry_run:
+            _print_plan(plan, as_json)
+            return
+        if not as_json:
+            _print_plan_line(plan)
+
+        def run_queue(queue: Any, on_interrupt: Any) -> None:
+            from harness import tune
+
+            with tune.cluster(experiment.run):
+                tune.run_queue(queue, experiment.run, on_interrupt)
+
+        def display(total: int) -> Display:
+            return Display(errors if as_json else console, total)
+
+        summary = run_sweep(experiment, store, found, display, run_queue, retry=retry)
+        if as_json:
+            print(json.dumps({"counts": summary.counts, "errors": summary.errors}))
+        else:
+            _print_summary(summary, store.url)
+    if summary.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if not summary.ok:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _print_plan_line(plan: dict[str, Any]) -> None:
+    from harness.plan import duration
+
+    counts = plan["counts"]
+    text = f"[bold]{plan['name']}[/bold]: {counts['trials']} trials, {counts['trials_done']} done"
+    if counts["stacks"]:
+        text += f", {counts['stacks']} stacks to run; training left: {duration(plan['seconds'])}"
+    console.print(text, highlight=False)
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    from harness.plan import plan_tables
+
+    for item in plan_tables(plan):
+        console.print(item)
+
+
+def _print_summary(summary: Any, url: str) -> None:
+    from harness.provenance import git_state
+
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.counts.items()))
+    what = f"{summary.trained} stacks run" if summary.trained else "nothing to train"
+    console.print(f"{counts} ({what} in {summary.seconds:.0f} s)", highlight=False)
+    for trial_id, error in sorted(summary.errors.items()):
+        if summary.statuses[trial_id] != "done":
+            last = error.strip().splitlines()[-1]
+            console.print(
+                f"  {trial_id[:12]} [red]{summary.statuses[trial_id]}[/red]: {last}",
+                highlight=False,
+            )
+    console.print(f"database: {url}", highlight=False, soft_wrap=True)
+    commit, dirty = git_state()
+    if dirty:
+        errors.print(
+            f"[yellow]note[/yellow] the harness's code differs from commit {commit[:12]}: "
+            "these runs are recorded as dirty"
+        )
+    if summary.interrupted:
+        console.print("interrupted; the same command continues from the last checkpoints")
+
+
+@app.command()
+def status(
+    spec: OptionalSpec = None,
+    overrides: OverridesArgument = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Where trials stand: done, running, failed, diverged, never run."""
+    ids = _trial_ids(spec, overrides)
+    _, store = _open(home, db)
+    with store:
+        trials = store.trials(ids)
+        runs = store.statuses(ids if ids is not None else list(trials["trial_id"]))
+        rows: dict[tuple[str, str, str], Counter[str]] = {}
+        steps: Counter[tuple[str, str, str]] = Counter()
+        for trial in trials.itertuples():
+            key = (trial.label, trial.dataset_id, trial.variant_id[:8])
+            run = runs.get(trial.trial_id)
+            rows.setdefault(key, Counter())[run.status if run else "pending"] += 1
+            steps[key] = max(steps[key], run.steps_done if run else 0)
+        never_seen = len(ids) - len(trials) if ids is not None else 0
+        failures = {i: run.error for i, run in runs.items() if run.status in ("failed", "diverged")}
+    if as_json:
+        listed = [
+            {"label": k[0], "dataset": k[1], "variant": k[2], "steps": steps[k], **count}
+            for k, count in sorted(rows.items())
+        ]
+        print(json.dumps({"cells": listed, "not_planned_yet": never_seen, "errors": failures}))
+        return
+    columns = ("done", "running", "interrupted", "failed", "diverged", "pending")
+    table = Table("method", "dataset", "variant", "steps", *columns)
+    for key, count in sorted(rows.items()):
+        table.add_row(*key, str(steps[key]), *(str(count[c] or "") for c in columns))
+    console.print(table)
+    if never_seen:
+        console.print(f"{never_seen} trials of the spec were never started")
+    for trial_id, error in sorted(failures.items()):
+        console.print(
+            f"{trial_id[:12]}: {(error or '').strip().splitlines()[-1:]}", highlight=False
+        )
+
+
+# ------------------------------------------------------------------------------------ analysis
+
+
+@app.command()
+def leaderboard(
+    spec: OptionalSpec = None,
+    overrides: OverridesArgument = None,
+    select: SelectOption = "last",
+    output_format: Annotated[
+        str, typer.Option("--format", help="rich, markdown, csv, latex or json.")
+    ] = "rich",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Methods ranked by IQM with 95 % stratified bootstrap intervals over seeds."""
+    _, store = _open(home, db)
+    with store:
+        _leaderboard(store, _trial_ids(spec, overrides), select, output_format, seed)
+
+
+def _leaderboard(
+    store: Store, trial_ids: list[str] | None, select: str, output_format: str, seed: int
+) -> None:
+    from analysis import leaderboard as board
+
+    built = board.build(store, trial_ids, select=select, seed=seed)
+    if output_format == "rich":
+        for item in built.renderables():
+            console.print(item)
+    else:
+        print(built.render(output_format))
+
+
+@app.command()
+def figures(
+    spec: OptionalSpec = None,
+    overrides: OverridesArgument = None,
+    select: SelectOption = "last",
+    out: Annotated[Path | None, typer.Option(help="Folder [<home>/figures].")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Learning curves and aggregate intervals, as PDF and PNG with their sources beside them."""
+    found, store = _open(home, db)
+    with store:
+        _figures(store, out or found.figures, _trial_ids(spec, overrides), select, seed)
+
+
+def _figures(store: Store, out: Path, trial_ids: list[str] | None, select: str, seed: int) -> None:
+    from analysis import plots
+
+    for path in plots.write_figures(store, out, trial_ids, select=select, seed=seed):
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------------------- quickstart
+
+
+@app.command()
+def quickstart(
+    overrides: OverridesArgument = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """The main job on generated data: make it, sweep, leaderboard, figures."""
+    from harness import datasets
+    from harness.spec import load_experiment
+
+    spec = Path(__file__).resolve().parents[1] / "experiments" / "quickstart.yaml"
+    if not spec.exists():
+        raise FileNotFoundError(f"{spec} is missing: run from a checkout (pip install -e .)")
+    for name in ("pointmaze/umaze", "bandit2d"):
+        made = datasets.ensure_generated(name)
+        console.print(f"dataset {made}", highlight=False)
+    experiment = load_experiment(spec, overrides or [])
+    failure: typer.Exit | None = None
+    try:
+        _sweep(experiment, False, False, home, db, False)
+    except typer.Exit as exit_:
+        if exit_.exit_code != SOME_FAILED:
+            raise
+        failure = exit_
+    ids = [trial.id for trial in experiment.trials]
+    found, store = _open(home, db)
+    with store:
+        _leaderboard(store, ids, "last", "rich", 0)
+        console.print("figures:")
+        _figures(store, found.figures, ids, "last", 0)
+        console.print(f"database: {store.url}", highlight=False, soft_wrap=True)
+    if failure:
+        raise failure
+
+
+# -------------------------------------------------------------------------- what is there to use
+
+
+@app.command()
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="Show one algorithm's config.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Registered algorithms, or one algorithm's config fields and their defaults."""
+    import dataclasses
+
+    from harness.registry import Registry
+
+    registry = Registry()
+    if name is not None:
+        recipe = registry.get(name)
+        defaults = dataclasses.asdict(recipe.config())
+        if as_json:
+            print(json.dumps({"name": name, "revision": recipe.revision, "config": defaults}))
+            return
+        console.print(f"[bold]{name}[/bold] revision {recipe.revision}: {recipe.summary}")
+        table = Table("field", "default", "type")
+        for item in dataclasses.fields(recipe.config):
+            table.add_row(item.name, repr(defaults[item.name]), str(item.type))
+        console.print(table)
+        return
+    rows = [(recipe.name, recipe) for recipe in map(registry.get, registry.names())]
+    if as_json:
+        print(json.dumps([{"name": n, "revision": r.revision, "paper": r.paper} for n, r in rows]))
+        return
+    table = Table("name", "revision", "summary", "paper")
+    for label, recipe in rows:
+        table.add_row(label, str(recipe.revision), recipe.summary, recipe.paper)
+    console.print(table)
+
+
+@app.command()
+def doctor(home: HomeOption = None, db: DatabaseOption = None, as_json: JsonOption = False) -> None:
+    """Check the environment: versions, compiler, simulator, database, Ray, disk."""
+    from harness.doctor import check
+
+    checks = list(check(home, db))
+    if as_json:
+        print(json.dumps([vars(item) for item in checks]))
+    else:
+        table = Table("check", "", "what was found")
+        marks = {
+            "ok": "[green]ok[/green]",
+            "note": "[yellow]note[/yellow]",
+            "bad": "[red]bad[/red]",
+        }
+        for item in checks:
+            table.add_row(item.name, marks[item.state], item.text)
+        console.print(table)
+    if any(item.state == "bad" for item in checks):
+        raise typer.Exit(ENVIRONMENT)
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an exception stands for."""
+    from harness.datasets import DatasetError
+    from results.store import StoreError
+
+    if isinstance(error, (StoreError, ImportError)):
+        return ENVIRONMENT
+    if isinstance(error, (DatasetError, ValueError, TypeError, KeyError, FileNotFoundError)):
+        return USAGE
+    return ENVIRONMENT
+
+
+def main(arguments: Iterable[str] | None = None) -> None:
+    """Runs the command line; prints one error line instead of a traceback."""
+    try:
+        app(args=None if arguments is None else list(arguments), standalone_mode=True)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if os.environ.get("HARNESS_DEBUG"):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        errors.print(f"[red]error[/red] {text}", highlight=False, soft_wrap=True)
+        sys.exit(exit_code(error))
+
+
+if __name__ == "__main__":
+    main()

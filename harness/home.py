@@ -1,0 +1,62 @@
+"""Where a sweep keeps its files: one folder, one place that knows its layout.
+
+<home>/results.db               the results database, unless a URL says otherwise
+<home>/artifacts/<stage_id>/    published stages, content-addressed
+<home>/work/<stage_id>/         spool.jsonl, checkpoints/<step>/, lock: a stage in progress
+<home>/figures/                 what `harness figures` draws
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_HOME = "runs"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder of a sweep's files."""
+
+    root: Path
+
+    @classmethod
+    def find(cls, given: str | os.PathLike[str] | None = None) -> Home:
+        """`given`, else `HARNESS_HOME`, else ./runs; made absolute, created if absent."""
+        root = Path(given or os.environ.get("HARNESS_HOME") or DEFAULT_HOME).expanduser()
+        root = root.resolve()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot create the home folder {root}: {error.strerror}. Choose another with "
+                "--home or HARNESS_HOME"
+            ) from error
+        return cls(root)
+
+    def database_url(self, given: str | None = None) -> str:
+        """`given`, else `HARNESS_DB`, else the SQLite file in this folder."""
+        return given or os.environ.get("HARNESS_DB") or f"sqlite:///{self.root / 'results.db'}"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    def stage(self, stage_id: str) -> Path:
+        """The work folder of a stage."""
+        return self.work / stage_id
+
+    def spool(self, stage_id: str) -> Path:
+        return self.stage(stage_id) / "spool.jsonl"
+
+    def checkpoints(self, stage_id: str) -> Path:
+        return self.stage(stage_id) / "checkpoints"

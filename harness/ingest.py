@@ -1,0 +1,99 @@
+"""From spools to the database: the driver is the database's only writer.
+
+Appends are idempotent, so a spool may be read again after any crash. Records of trials and
+datasets are made here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from harness import datasets, spool
+from harness.home import Home
+from harness.provenance import utc_now
+from harness.spec import TrialSpec
+from results.records import DatasetRecord, Record, TrialRecord
+from results.store import MissingParentError, Store
+
+
+def trial_record(trial: TrialSpec) -> TrialRecord:
+    """The database's row of a trial."""
+    return TrialRecord(
+        trial_id=trial.id,
+        variant_id=trial.variant_id,
+        label=trial.label,
+        algorithm=trial.algorithm,
+        revision=trial.revision,
+        dataset_id=trial.dataset_id,
+        dataset_digest=trial.dataset_digest,
+        data=dict(trial.data),
+        config=dict(trial.config),
+        seed=trial.seed,
+        evaluation=asdict(trial.evaluation),
+        simulator=trial.evaluation.simulator,
+        created_at=utc_now(),
+    )
+
+
+def dataset_record(dataset_id: str, digest: str) -> DatasetRecord:
+    """The database's row of a dataset, with the references its scores are normalised with."""
+    card = datasets.card(dataset_id)
+    return DatasetRecord(
+        dataset_id=dataset_id,
+        digest=digest,
+        env_id=card["env_id"],
+        relation=card["relation"],
+        ref_min=card["ref_min"],
+        ref_max=card["ref_max"],
+        ref_source=card["ref_source"] or "",
+        num_steps=card["steps"],
+        num_episodes=card["episodes"],
+        card={name: value for name, value in card.items() if name != "folder"},
+    )
+
+
+class Ingester:
+    """Reads what is new in the spools and appends it to the store.
+
+    Args:
+        store: the open results database.
+    """
+
+    def __init__(self, store: Store, home: Home) -> None:
+        self.store, self.home = store, home
+        self._offsets: dict[Path, int] = {}
+
+    def register(self, trials: Iterable[TrialSpec]) -> None:
+        """Makes sure that trials and their datasets are in the database."""
+        trials = list(trials)
+        pairs = sorted({(trial.dataset_id, trial.dataset_digest) for trial in trials})
+        records: list[Record] = [dataset_record(*pair) for pair in pairs]
+        records += [trial_record(trial) for trial in trials]
+        self.store.append(records)
+
+    def stage(self, stage_id: str) -> int:
+        """Rows of one stage's spool that were new."""
+        return self._file(self.home.spool(stage_id))
+
+    def leftovers(self) -> int:
+        """Rows that an earlier driver did not get to read, from all spools of this home.
+
+        Spools of trials that this database does not know (it was moved or replaced) are left
+        alone: they are read when a sweep plans these trials again.
+        """
+        count = 0
+        for path in sorted(self.home.work.glob("*/spool.jsonl")):
+            try:
+                count += self._file(path)
+            except MissingParentError:
+                continue
+        return count
+
+    def _file(self, path: Path) -> int:
+        start = self._offsets.get(path, 0)
+        records, end = spool.read_from(path, start)
+        count = self.store.append(records) if records else 0
+        self._offsets[path] = end
+        return count

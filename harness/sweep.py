@@ -1,0 +1,280 @@
+"""The driver: plan, run stacks, take in what they leave, plan again.
+
+Owns what runs next and what is reported at the end. Resuming is planning again: the to-do list is
+what the database and the artifact store lack. Does not import ray.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from harness.artifacts import ArtifactStore
+from harness.display import Display
+from harness.home import Home
+from harness.ingest import Ingester
+from harness.plan import Plan, Stack, make_plan, seed_ranges
+from harness.provenance import utc_now
+from harness.registry import Registry
+from harness.spec import Experiment, TrialSpec
+from harness.spool import Spool, read
+from harness.worker import Job, Progress
+from results.records import RunRecord
+from results.store import Store
+
+RunQueue = Callable[["Queue", Callable[[], None]], None]
+"""What runs a queue to its end; `harness.tune.run_queue` outside tests of the planning alone."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a sweep ended, by trial."""
+
+    statuses: dict[str, str]  # trial id -> status; "pending" if it never ran
+    errors: dict[str, str]  # trial id -> why, for failed and diverged ones
+    trained: int  # stacks run by this call
+    seconds: float
+    interrupted: bool = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(self.statuses.values()))
+
+    @property
+    def ok(self) -> bool:
+        """Whether every trial is done."""
+        return set(self.statuses.values()) <= {"done"}
+
+
+@dataclass
+class Queue:
+    """Hands out stacks whose needs are met; implements `harness.tune.WorkQueue`."""
+
+    plan: Plan
+    experiment: Experiment
+    store: Store
+    home: Home
+    display: Display
+    ingester: Ingester
+    stop_file: Path
+    attempts: dict[str, int]
+    running: dict[str, Stack] = field(default_factory=dict)
+    finished_stages: set[str] = field(default_factory=set)
+    failed_stages: dict[str, str] = field(default_factory=dict)  # id -> why
+    completed_stacks: int = 0
+
+    def next(self) -> Job | None:
+        if self.stop_file.exists():
+            return None
+        for stack in self._ready():
+            self.running[stack.id] = stack
+            return Job(stack, self.experiment.run, self.home, self.attempts, self.stop_file)
+        return None
+
+    def exhausted(self) -> bool:
+        """No stack is running and none can become ready."""
+        return not self.running and (self.stop_file.exists() or not self._ready())
+
+    def _ready(self) -> tuple[Stack, ...]:
+        in_flight = {stage.id for stack in self.running.values() for stage in stack.stages}
+        return self.plan.ready(self.finished_stages, in_flight, self.failed_stages)
+
+    def progressed(self, job: Job, progress: Progress) -> None:
+        self.display.update(job.stack.id, title(job.stack), len(job.stack.seeds), progress)
+        for stage in job.stack.stages:
+            self.ingester.stage(stage.id)
+
+    def completed(self, job: Job, outcome: str) -> None:
+        stack = self.running.pop(job.stack.id)
+        self.completed_stacks += 1
+        done, bad = [], []
+        for stage in stack.stages:
+            self.ingester.stage(stage.id)
+            if ArtifactStore(self.home.artifacts).has(stage.id):
+                self.finished_stages.add(stage.id)
+                done.append(stage)
+            elif outcome != "interrupted":
+                self.failed_stages[stage.id] = "diverged"
+                bad.append(stage)
+        text = f"{title(stack)}: {outcome}"
+        if bad and done:
+            text += f", but seeds {[stage.seed for stage in bad]} diverged"
+        self.display.end(stack.id, text)
+        clean_up(self.home, (stage.id for stage in done))
+
+    def failed(self, job: Job, error: str) -> None:
+        stack = self.running.pop(job.stack.id)
+        self.completed_stacks += 1
+        reason = error.strip().splitlines()[-1] if error.strip() else "unknown"
+        for stage in stack.stages:
+            self.failed_stages[stage.id] = reason
+            self._record_failure(stage.id, error)
+            self.ingester.stage(stage.id)
+        self.display.end(stack.id, f"[red]{title(stack)}: failed[/red] {reason}")
+
+    def _record_failure(self, stage_id: str, error: str) -> None:
+        """A worker that was killed could not say so itself: mark its last runs as failed."""
+        last: dict[str, RunRecord] = {}
+        path = self.home.spool(stage_id)
+        for record in read(path) if path.exists() else ():
+            if isinstance(record, RunRecord):
+                last[record.run_id] = record
+        with Spool(path) as spool:
+            spool.append(
+                [
+                    replace(record, status="failed", ended_at=utc_now(), error=error)
+                    for record in last.values()
+                    if record.status == "running"
+                ]
+            )
+
+
+def title(stack: Stack) -> str:
+    """What a person reads: `diffusion_ql generated/bandit2d-v0 seeds 0-2`."""
+    stage = stack.stages[0]
+    labels = sorted({trial.label for item in stack.stages for trial in item.trials})
+    name = ",".join(labels) if labels else f"{stage.algorithm}:{stage.name}"
+    seeds = seed_ranges(item.seed for item in stack.stages if item.seed is not None)
+    return f"{name} {stage.dataset_id} seeds {seeds}"
+
+
+def clean_up(home: Home, stage_ids: Iterable[str]) -> None:
+    """Removes the work folders of published stages whose rows are all in the database."""
+    for stage_id in stage_ids:
+        shutil.rmtree(home.stage(stage_id), ignore_errors=True)
+
+
+def plan_sweep(
+    experiment: Experiment,
+    store: Store,
+    home: Home,
+    registry: Registry | None = None,
+    retry: tuple[str, ...] = ("failed",),
+) -> Plan:
+    """What is left to do, after taking in what earlier drivers left unread."""
+    ingester = Ingester(store, home)
+    ingester.register(experiment.trials)
+    ingester.leftovers()
+    return make_plan(
+        experiment, store, ArtifactStore(home.artifacts), home.work, registry, retry=retry
+    )
+
+
+def run_sweep(
+    experiment: Experiment,
+    store: Store,
+    home: Home,
+    display_factory: Callable[[int], Display],
+    run_queue: RunQueue,
+    registry: Registry | None = None,
+    retry: tuple[str, ...] = ("failed",),
+) -> Summary:
+    """Runs what is left of an experiment.
+
+    A wave that ends early (Ray's memory monitor ends a whole `Tuner.fit`) is followed by another,
+    as long as the last one finished something.
+
+    Args:
+        display_factory: makes a display for a number of stacks.
+        run_queue: runs a queue until it is exhausted.
+        retry: statuses besides unfinished ones that are run again.
+    """
+    started = time.monotonic()
+    stop_file = home.work / f"stop-{os.getpid()}"
+    home.work.mkdir(parents=True, exist_ok=True)
+    trained, interrupted = 0, False
+    given_up: dict[str, str] = {}
+    blocked: dict[str, str] = {}
+    plan = plan_sweep(experiment, store, home, registry, retry)
+    attempts = prepare_attempts(experiment.trials, store, home, plan, retry)
+    try:
+        while True:
+            if not plan.ready(failed=given_up):
+                break
+            with display_factory(len(plan.stacks)) as display:
+                queue = Queue(
+                    plan=plan,
+                    experiment=experiment,
+                    store=store,
+                    home=home,
+                    display=display,
+                    ingester=Ingester(store, home),
+                    stop_file=stop_file,
+                    attempts=attempts,
+                    failed_stages=dict(given_up),
+                )
+
+                def on_interrupt(display: Display = display) -> None:
+                    stop_file.touch()
+                    display.line(
+                        "[yellow]stopping[/yellow]: each stack finishes its chunk and writes a "
+                        "checkpoint. Ctrl-C again stops now (back to the last checkpoint)"
+                    )
+
+                run_queue(queue, on_interrupt)
+            trained += queue.completed_stacks
+            given_up |= queue.failed_stages
+            blocked |= plan.blocked_trials(given_up)
+            if stop_file.exists():
+                interrupted = True
+                break
+            if not queue.completed_stacks:
+                break
+            # Diverged seeds are results: from here on only what never ended is planned again.
+            plan = plan_sweep(experiment, store, home, registry, retry=("failed",))
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        stop_file.unlink(missing_ok=True)
+        Ingester(store, home).leftovers()
+    seconds = time.monotonic() - started
+    return _summary(experiment, store, trained, seconds, interrupted, blocked)
+
+
+def prepare_attempts(
+    trials: Iterable[TrialSpec], store: Store, home: Home, plan: Plan, retry: tuple[str, ...]
+) -> dict[str, int]:
+    """The attempt each trial's rows belong to.
+
+    What was not finished continues its run. A diverged trial that is to be retried starts a new
+    attempt from step 0, so its old checkpoints and rows are set aside.
+    """
+    statuses = store.statuses([trial.id for trial in trials])
+    attempts = {trial_id: run.attempt for trial_id, run in statuses.items()}
+    if "diverged" in retry:
+        for stack in plan.stacks:
+            for stage in stack.stages:
+                again = [
+                    trial.id
+                    for trial in stage.trials
+                    if trial.id in statuses and statuses[trial.id].status == "diverged"
+                ]
+                for trial_id in again:
+                    attempts[trial_id] += 1
+                if again:
+                    shutil.rmtree(home.checkpoints(stage.id), ignore_errors=True)
+    return attempts
+
+
+def _summary(
+    experiment: Experiment,
+    store: Store,
+    trained: int,
+    seconds: float,
+    interrupted: bool,
+    blocked: dict[str, str],
+) -> Summary:
+    ids = [trial.id for trial in experiment.trials]
+    runs = store.statuses(ids)
+    return Summary(
+        statuses={i: runs[i].status if i in runs else "pending" for i in ids},
+        errors=blocked | {i: run.error for i, run in runs.items() if run.error},
+        trained=trained,
+        seconds=seconds,
+        interrupted=interrupted,
+    )

@@ -1,0 +1,246 @@
+"""The compiled step loop: K seeds of one learner advanced together.
+
+Owns the step counter, the compiled step, the finite check and the slicing of state by seed. It
+does not know files, databases, environments or Ray: `harness.worker` does the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from algorithms.api import Dataset, Learner
+from algorithms.blocks.rng import Rng, Stream
+from harness.provenance import compiler
+
+STEP_KEY = "trainer.step"
+AUTO_COMPILE_STEPS = {"cpu": 10_000, "cuda": 2_000}
+"""From how many steps on compiling pays for itself when `compile: auto`.
+
+A cold build takes 20 to 60 s on CPU and saves about a quarter of each step.
+"""
+
+
+class DivergedError(RuntimeError):
+    """Every seed of a stack has a metric that is not finite."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where one seed stopped being finite."""
+
+    step: int  # the gradient step (counted from 1) whose metric was not finite
+    metric: str
+
+    def __str__(self) -> str:
+        return f"{self.metric} is not finite at step {self.step}"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What `Trainer.advance` saw: means over the chunk's steps, read from the device once."""
+
+    step: int
+    metrics: dict[str, list[float]]  # name -> one mean per seed
+    diverged: dict[int, Divergence]  # seed index -> where, for seeds not finite in this chunk
+    num_steps: int
+    seconds: float
+    first_call_seconds: float  # of those, the first call of a compiled step (0 afterwards)
+
+    @property
+    def steps_per_second(self) -> float:
+        """Gradient steps of the whole stack per second, without the first call's compiling."""
+        counted = self.num_steps - (self.first_call_seconds > 0)
+        seconds = self.seconds - self.first_call_seconds
+        return counted / seconds if counted and seconds > 0 else 0.0
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device for `auto`, `cpu`, `cuda`, `cuda:N`.
+
+    Raises:
+        ValueError: if the device is unknown or CUDA was asked for and is not available.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N"
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {device!r} was asked for but torch {torch.__version__} sees no CUDA device. "
+            "Use run.device=cpu, or install a CUDA build of torch (README, 'GPU')"
+        )
+    return found
+
+
+def resolve_compile(compile_mode: str, device: torch.device, steps: int) -> tuple[bool, str]:
+    """Whether to compile, and a notice when compiling was wanted but cannot be done.
+
+    Args:
+        compile_mode: `on`, `off`, or `auto` (compile where it pays and can be done).
+    """
+    if compile_mode not in ("auto", "on", "off"):
+        raise ValueError(f"run.compile is {compile_mode!r}; expected auto, on or off")
+    if compile_mode == "off":
+        return False, ""
+    if compile_mode == "auto" and steps < AUTO_COMPILE_STEPS.get(device.type, 0):
+        return False, ""
+    if device.type == "cpu" and compiler() is None:
+        return False, (
+            "no C++ compiler found (g++): training runs eagerly, with the same numbers to "
+            "rounding but slower. Install g++ to compile the step"
+        )
+    return True, ""
+
+
+class Trainer:
+    """Advances a learner for K seeds in one compiled step per gradient step.
+
+    Args:
+        learner: built for `seeds`, on `device`.
+        dataset: its tensors on `device`.
+        seeds: K training seeds.
+        compile_step: compile the whole step as one graph.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        dataset: Dataset,
+        seeds: Sequence[int],
+        device: torch.device,
+        compile_step: bool,
+    ) -> None:
+        self.learner = learner
+        self.dataset = dataset
+        self.device = device
+        self.compiled = compile_step
+        self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        self.step = torch.zeros(len(seeds), dtype=torch.int64, device=device)
+        self._steps_done = 0
+        self._called = False
+        self._step_function = (
+            torch.compile(self._one_step, fullgraph=True, dynamic=False)
+            if compile_step
+            else self._one_step
+        )
+
+    @property
+    def steps_done(self) -> int:
+        """Gradient steps done so far, the same for all seeds."""
+        return self._steps_done
+
+    def _one_step(self) -> tuple[tuple[str, ...], Tensor]:
+        rng = Rng(self.seeds, self.step, Stream.TRAIN)
+        batch = self.learner.sample(self.dataset, rng)
+        metrics = self.learner.update(batch, rng)
+        self.step.add_(1)
+        return tuple(metrics), torch.stack(list(metrics.values()))  # [M, K]
+
+    def advance(self, num_steps: int) -> Chunk:
+        """Does `num_steps` gradient steps and reads the metrics once.
+
+        Raises:
+            ValueError: if a metric does not have shape [K].
+        """
+        started = time.perf_counter()
+        first_call_seconds = 0.0
+        total: Tensor | None = None
+        names: tuple[str, ...] = ()
+        with torch.no_grad():
+            for _ in range(num_steps):
+                names, values = self._step_function()
+                if total is None:
+                    self._check_shape(names, values)
+                    total = torch.zeros_like(values, dtype=torch.float64)
+                    first_bad = torch.full_like(values, -1, dtype=torch.int64)
+                    if not self._called and self.compiled:
+                        first_call_seconds = time.perf_counter() - started
+                    self._called = True
+                total += values
+                newly_bad = ~torch.isfinite(values) & (first_bad < 0)
+                first_bad = torch.where(newly_bad, self.step, first_bad)
+        if total is None:
+            raise ValueError(f"num_steps is {num_steps}; expected at least 1")
+        self._steps_done += num_steps
+        means = (total / num_steps).cpu()
+        bad = first_bad.cpu()
+        return Chunk(
+            step=self._steps_done,
+            metrics={name: means[i].tolist() for i, name in enumerate(names)},
+            diverged=_first_divergence(names, bad),
+            num_steps=num_steps,
+            seconds=time.perf_counter() - started,
+            first_call_seconds=first_call_seconds,
+        )
+
+    def _check_shape(self, names: tuple[str, ...], values: Tensor) -> None:
+        expected = (len(names), len(self.seeds))
+        if tuple(values.shape) != expected:
+            raise ValueError(
+                f"update() returned metrics of stacked shape {tuple(values.shape)}; expected "
+                f"{expected}: each of {names} must have shape [K]"
+            )
+
+    def refresh(self) -> None:
+        """Lets the learner rebuild its dataset (generated data), at the current step."""
+        rng = Rng(self.seeds, self.step, Stream.MAKE)
+        with torch.no_grad():
+            self.dataset = self.learner.refresh(self.dataset, rng)  # type: ignore[attr-defined]
+
+    def seed_state(self, index: int) -> dict[str, Tensor]:
+        """The complete state of one seed, on CPU, every tensor led by 1."""
+        state = {
+            name: tensor[index : index + 1].detach().to("cpu", copy=True).contiguous()
+            for name, tensor in self.learner.state_dict().items()
+        }
+        state[STEP_KEY] = self.step[index : index + 1].to("cpu", copy=True)
+        return state
+
+    def load_seed_states(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Continues from the states of K seeds, in the order of `seeds`.
+
+        Raises:
+            ValueError: if their number or their steps differ, or a tensor is missing or unknown.
+        """
+        if len(states) != len(self.seeds):
+            raise ValueError(f"{len(states)} states for a stack of {len(self.seeds)} seeds")
+        expected = set(self.learner.state_dict()) | {STEP_KEY}
+        for state in states:
+            if set(state) != expected:
+                raise ValueError(
+                    "checkpoint does not fit the learner: missing "
+                    f"{sorted(expected - set(state))}, unknown {sorted(set(state) - expected)}. "
+                    "It was written by another version of the algorithm: delete the run's work "
+                    "folder to start anew"
+                )
+        step = torch.cat([state[STEP_KEY] for state in states])
+        if len(set(step.tolist())) != 1:
+            raise ValueError(f"checkpoints of one stack are at different steps {step.tolist()}")
+        self.learner.load_state_dict(stack_states(states))
+        self.step.copy_(step)
+        self._steps_done = int(step[0])
+
+
+def stack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One state led by K from K states led by 1, without the trainer's own entries."""
+    names = [name for name in states[0] if name != STEP_KEY]
+    return {name: torch.cat([state[name] for state in states]) for name in names}
+
+
+def _first_divergence(names: tuple[str, ...], first_bad: Tensor) -> dict[int, Divergence]:
+    found: dict[int, Divergence] = {}
+    for index in range(first_bad.shape[1]):
+        column = [(int(step), name) for step, name in zip(first_bad[:, index], names, strict=True)]
+        bad = [entry for entry in column if entry[0] >= 0]
+        if bad:
+            found[index] = Divergence(*min(bad, key=lambda entry: entry[0]))
+    return found

@@ -1,0 +1,252 @@
+"""Ray Tune as the engine: the only file that imports ray.
+
+A small searcher hands Tune the next stack whose needs are met and answers "not yet" otherwise, so
+no worker waits while it holds a device. Tune's own trial is one stack. What a stack leaves behind
+goes through its spool, never through Tune: a lost report costs a progress line, not a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+# Read by ray when it is imported.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours finishes the chunk first
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the old reporter is silent at verbose=0; the new is not
+os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from harness.spec import RunOptions
+from harness.worker import Job, Progress, run_stack
+
+REPORT_EVERY_S = 0.5
+
+
+class WorkQueue(Protocol):
+    """What decides which stack runs next; implemented by `harness.sweep`."""
+
+    def next(self) -> Job | None:
+        """A stack that can start now, or None: not yet, or nothing left (see `exhausted`)."""
+
+    def exhausted(self) -> bool:
+        """True when no stack will ever become ready."""
+
+    def progressed(self, job: Job, progress: Progress) -> None: ...
+
+    def completed(self, job: Job, outcome: str) -> None: ...
+
+    def failed(self, job: Job, error: str) -> None:
+        """The stack crashed more often than `run.max_failures` allows."""
+
+
+class _Unsaved:
+    """Tune pickles searcher and callbacks to be able to restore them; we never do."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _ReadyStacks(_Unsaved, Searcher):
+    """Tune's searcher over the work queue."""
+
+    def __init__(self, queue: WorkQueue, jobs: dict[str, Job]) -> None:
+        super().__init__()
+        self._queue, self._jobs = queue, jobs
+
+    def suggest(self, trial_id: str) -> Any:
+        job = self._queue.next()
+        if job is not None:
+            self._jobs[trial_id] = job
+            return {"job": job}
+        return Searcher.FINISHED if self._queue.exhausted() else None
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
+        """Completion is handled by the callback, which also sees the error's text."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to keep: a sweep resumes by planning again from the database."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """See `save`."""
+
+
+class _Listener(_Unsaved, tune.Callback):
+    """Passes Tune's events to the work queue."""
+
+    def __init__(self, queue: WorkQueue, jobs: dict[str, Job]) -> None:
+        self._queue, self._jobs = queue, jobs
+
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
+        if "progress" in result:
+            self._queue.progressed(self._jobs[trial.trial_id], Progress(**result["progress"]))
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._queue.completed(self._jobs[trial.trial_id], trial.last_result.get("outcome", "done"))
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._queue.failed(self._jobs[trial.trial_id], _error_text(trial))
+
+
+def _error_text(trial: Any) -> str:
+    with contextlib.suppress(Exception):
+        if trial.error_file and os.path.exists(trial.error_file):
+            with open(trial.error_file, encoding="utf-8") as file:
+                return file.read().strip()[-4000:]
+    return "the worker process died (killed, or out of memory)"
+
+
+def _end_with_parent() -> None:
+    """Ends this worker soon after its node's Ray has died (with a killed driver, say).
+
+    Ray notices by itself, but a thread that is busy training can outlive it long enough to hold
+    the locks of its seeds against the sweep that is started next.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+
+
+def _train_stack(config: dict[str, Any]) -> None:
+    """What a Ray worker runs."""
+    _end_with_parent()
+    last = [0.0, ""]
+
+    def report(progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.phase == last[1] and now - last[0] < REPORT_EVERY_S:
+            return
+        last[:] = [now, progress.phase]
+        tune.report({"progress": vars(progress), "outcome": progress.phase})
+
+    outcome = run_stack(config["job"], report)
+    tune.report({"outcome": outcome})
+
+
+@contextlib.contextmanager
+def cluster(run: RunOptions) -> Iterator[None]:
+    """A connection to the cluster of `RAY_ADDRESS`, or a local one that ends with the block."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+        "include_dashboard": False,
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        options.pop("include_dashboard")
+    try:
+        with _quiet_stderr():
+            ray.init(**options)
+    except Exception as error:
+        where = os.environ.get("RAY_ADDRESS", "a local cluster")
+        raise ConnectionError(
+            f"Ray could not start on {where}: {error}. Check `harness doctor`, or unset "
+            "RAY_ADDRESS to run locally"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def resources() -> str:
+    """What the connected cluster offers."""
+    found = ray.cluster_resources()
+    return f"{found.get('CPU', 0):.0f} CPU, {found.get('GPU', 0):.0f} GPU"
+
+
+def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None]) -> None:
+    """Runs stacks until the queue is exhausted.
+
+    Args:
+        on_interrupt: called on the first Ctrl-C; the second one raises KeyboardInterrupt.
+    """
+    jobs: dict[str, Job] = {}
+    needed = {"cpu": run.cpus_per_stack, "gpu": run.gpus_per_stack}
+    scratch = tempfile.mkdtemp(prefix="harness-tune-")
+    tuner = tune.Tuner(
+        tune.with_resources(_train_stack, needed),
+        tune_config=tune.TuneConfig(
+            search_alg=_ReadyStacks(queue, jobs),
+            num_samples=-1,
+            max_concurrent_trials=run.max_concurrent or None,
+            reuse_actors=False,
+            trial_name_creator=lambda trial: f"stack-{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"stack-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=scratch,
+            verbose=0,
+            callbacks=[_Listener(queue, jobs)],
+            failure_config=tune.FailureConfig(max_failures=run.max_failures),
+        ),
+    )
+    try:
+        with _interruptible(on_interrupt), _quiet_stderr():
+            tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
+    """First SIGINT (or SIGTERM): `on_interrupt`; the next one: KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        on_interrupt()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Hides the warnings that ray and tune print through Python's logging and warnings."""
+    import warnings
+
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        sys.stderr.flush()

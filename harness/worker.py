@@ -1,0 +1,555 @@
+"""Runs one stack from its data to its artifacts: what happens inside a worker process.
+
+Owns the order in which things reach the disk. At a boundary (end of a chunk): metrics, then
+evaluations, are spooled; then the checkpoint is published; at the end the artifact is published
+before the run is called done. A kill at any point therefore loses at most the steps since the
+last checkpoint, and replayed rows carry the same keys. Knows neither Ray nor the database.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from algorithms.api import Make, Recipe, StageInput, Train
+from algorithms.blocks.rng import Rng, Stream
+from harness import datasets, environments, provenance
+from harness.artifacts import ArtifactStore
+from harness.evaluate import Evaluator
+from harness.home import Home
+from harness.plan import (
+    FINISHED,
+    Stack,
+    Stage,
+    checkpoint_name,
+    checkpoint_steps,
+    resume_groups,
+)
+from harness.registry import Registry
+from harness.spec import EvaluationSpec, RunOptions
+from harness.spool import Spool, read
+from harness.trainer import (
+    Divergence,
+    Trainer,
+    resolve_compile,
+    resolve_device,
+    stack_states,
+)
+from results.records import EvalRecord, MetricRecord, RunRecord
+
+KEPT_CHECKPOINTS = 2
+LOCK_WAIT_S = 15.0
+"""How long to wait for a process that is still ending, after a kill."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stack and everything a worker needs to run it."""
+
+    stack: Stack
+    run: RunOptions
+    home: Home
+    attempts: Mapping[str, int]  # trial id -> the attempt these rows belong to
+    stop_file: Path | None = None  # appears when the user asks the sweep to stop
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a worker tells while it runs."""
+
+    step: int
+    steps: int
+    steps_per_second: float  # gradient steps of the whole stack, not times K
+    last_return: float | None = None  # mean over seeds and episodes of the last evaluation
+    phase: str = "train"  # "load", "compile", "train", "evaluate", "done", "interrupted"
+    notice: str = ""
+
+
+class StackBusyError(RuntimeError):
+    """Another process is training one of these seeds."""
+
+
+def run_id(trial_id: str, attempt: int) -> str:
+    """The identity of an attempt."""
+    return f"{trial_id[:32]}-{attempt}"
+
+
+def run_stack(
+    job: Job, report: Callable[[Progress], None], registry: Registry | None = None
+) -> str:
+    """Runs a stack to its end and returns "done", "interrupted" or "diverged" (every seed).
+
+    What a killed worker left is looked at here, not only when planning: seeds that ended are
+    left alone, seeds that were trained but not called done are evaluated, and the others
+    continue from the newest checkpoint they have in common.
+
+    Raises:
+        StackBusyError: if another process holds one of the seeds.
+        DatasetError: if the data are missing or are not those that were planned.
+        Exception: whatever the algorithm or an environment raises, after the affected runs have
+            been spooled as failed with the traceback.
+    """
+    registry = registry or Registry()
+    with ExitStack() as locks:
+        for stage in job.stack.stages:
+            locks.enter_context(_locked(job.home.stage(stage.id)))
+        recipe = registry.get(job.stack.stages[0].algorithm)
+        declared = _declared_stage(recipe, job.stack.stages[0])
+        if isinstance(declared, Make):
+            return _run_make(job, declared, report)
+        outcomes = []
+        for stages, resume_step, trained in _parts(job):
+            part = replace(job, stack=replace(job.stack, stages=stages, resume_step=resume_step))
+            outcomes.append(_TrainingRun(part, declared, report, trained).run())
+            if outcomes[-1] == "interrupted":
+                return "interrupted"
+    return "diverged" if outcomes and set(outcomes) == {"diverged"} else "done"
+
+
+def _parts(job: Job) -> Iterator[tuple[tuple[Stage, ...], int, bool]]:
+    """Stages that continue together, the step they continue from, and whether they are trained."""
+    left = [stage for stage in job.stack.stages if not _has_ended(job, stage)]
+    trained = tuple(stage for stage in left if _is_trained(job, stage))
+    if trained:
+        yield trained, 0, True
+    rest = [stage for stage in left if stage not in trained]
+    steps = {s.id: checkpoint_steps(job.home.checkpoints(s.id)) for s in rest}
+    for step, ids in resume_groups(steps):
+        yield tuple(stage for stage in rest if stage.id in ids), step, False
+
+
+def _last_runs(job: Job, stage: Stage) -> dict[str, RunRecord]:
+    """The last spooled state of each of a stage's current runs."""
+    path = job.home.spool(stage.id)
+    runs = {run_id(trial.id, job.attempts.get(trial.id, 1)) for trial in stage.trials}
+    records = read(path) if path.exists() else ()
+    return {r.run_id: r for r in records if isinstance(r, RunRecord) and r.run_id in runs}
+
+
+def _has_ended(job: Job, stage: Stage) -> bool:
+    """Whether nothing is left to do for a stage: its runs are done or diverged."""
+    last = _last_runs(job, stage)
+    ended = [record for record in last.values() if record.status in FINISHED]
+    return bool(stage.trials) and len(ended) == len(stage.trials)
+
+
+def _is_trained(job: Job, stage: Stage) -> bool:
+    """Whether only the final policy is left to evaluate.
+
+    An artifact alone is not enough: a new trial may ask for evaluations along the way, and then
+    the plan has it trained again.
+    """
+    if not ArtifactStore(job.home.artifacts).has(stage.id):
+        return False
+    last = _last_runs(job, stage)
+    return job.stack.evaluate_only or (
+        bool(last) and all(record.steps_done >= stage.steps for record in last.values())
+    )
+
+
+def _locked(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(folder / "lock"))
+    try:
+        return lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout as error:
+        raise StackBusyError(
+            f"another process is working in {folder}. If no sweep is running there, the process "
+            "that holds the lock is still ending; the same command later continues"
+        ) from error
+
+
+def _declared_stage(recipe: Recipe, stage: Stage) -> Train | Make:
+    """The stage as the recipe declares it for this config."""
+    if recipe.revision != stage.revision:
+        raise ValueError(
+            f"{stage.algorithm} was planned at revision {stage.revision} but this worker has "
+            f"revision {recipe.revision}: install the same version on every node"
+        )
+    kind = Train if stage.kind == "train" else Make
+    for declared in recipe.stages(stage.recipe_config):
+        if declared.name == stage.name and isinstance(declared, kind):
+            return replace(declared, config=stage.config)
+    raise ValueError(f"{stage.algorithm} has no {stage.kind} stage named {stage.name!r}")
+
+
+def _load_dataset(stage: Stage, device: torch.device) -> Any:
+    found = datasets.digest(stage.dataset_id)
+    if found != stage.dataset_digest:
+        raise datasets.DatasetError(
+            f"dataset {stage.dataset_id!r} has digest {found[:16]}..., but the trial was planned "
+            f"with {stage.dataset_digest[:16]}...: the data changed since, or this node holds "
+            "another version. Plan again, or copy the same data to every node"
+        )
+    return datasets.load(stage.dataset_id, datasets.DataSpec(**stage.data), device=str(device))
+
+
+def _load_inputs(job: Job, declared: Train | Make, device: torch.device) -> dict[str, StageInput]:
+    """The needed stages of all seeds, stacked in the order of the seeds."""
+    store = ArtifactStore(job.home.artifacts)
+    inputs = {}
+    for need in declared.needs:
+        stages = [stage.needs[need] for stage in job.stack.stages]
+        states = [
+            {name: tensor.to(device) for name, tensor in store.load_state(stage_id).items()}
+            for stage_id in stages
+        ]
+        config = job.stack.stages[0].need_configs[need]
+        inputs[need] = StageInput(config=config, state=stack_states(states))
+    return inputs
+
+
+@dataclass
+class MakeOutput:
+    """Where a `Make` stage puts what it computed: `out.array(name, tensor led by K)`."""
+
+    num_seeds: int
+    arrays: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def array(self, name: str, values: torch.Tensor) -> None:
+        if values.dim() == 0 or values.shape[0] != self.num_seeds:
+            raise ValueError(
+                f"array {name!r} has shape {tuple(values.shape)}; expected it led by K = "
+                f"{self.num_seeds}"
+            )
+        self.arrays[name] = values.detach().cpu()
+
+
+def _run_make(job: Job, declared: Make, report: Callable[[Progress], None]) -> str:
+    device = resolve_device(job.run.device)
+    first = job.stack.stages[0]
+    report(Progress(0, 1, 0.0, phase="load"))
+    dataset = _load_dataset(first, device)
+    inputs = _load_inputs(job, declared, device)
+    seeds = torch.tensor(job.stack.seeds, dtype=torch.int64, device=device)
+    rng = Rng(seeds, torch.zeros_like(seeds), Stream.MAKE)
+    out = MakeOutput(len(job.stack.seeds))
+    with torch.no_grad():
+        declared.function(declared.config, dataset, inputs, rng, out)
+    for index, stage in enumerate(job.stack.stages):
+        state = {name: values[index : index + 1].clone() for name, values in out.arrays.items()}
+        _publish(job, stage, state, None)
+    report(Progress(1, 1, 0.0, phase="done"))
+    return "done"
+
+
+def _publish(job: Job, stage: Stage, state: Mapping[str, torch.Tensor], run: str | None) -> None:
+    """Publishes a stage's final state with its spool, then drops its checkpoints."""
+    spool = job.home.spool(stage.id)
+
+    def write(folder: Path) -> None:
+        ArtifactStore.save_state(folder, state)
+        if spool.exists():
+            shutil.copyfile(spool, folder / spool.name)
+
+    manifest = {
+        "stage": stage.name,
+        "run_id": run,
+        "inputs": stage.identity(),
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_state()[0],
+        "git_dirty": provenance.git_state()[1],
+    }
+    record = ArtifactStore(job.home.artifacts).publish(stage.id, write, manifest)
+    with Spool(spool) as rows:
+        rows.append(record)
+    shutil.rmtree(job.home.checkpoints(stage.id), ignore_errors=True)
+
+
+class _TrainingRun:
+    """The training of one stack, boundary by boundary."""
+
+    def __init__(
+        self, job: Job, declared: Train, report: Callable[[Progress], None], trained: bool
+    ) -> None:
+        self.job, self.declared, self.report = job, declared, report
+        self.stages = job.stack.stages
+        self.spools = [Spool(job.home.spool(stage.id)) for stage in self.stages]
+        self.alive = [True] * len(self.stages)
+        self.timings = {"train": 0.0, "evaluate": 0.0, "compile": 0.0, "load": 0.0}
+        self.last_return: float | None = None
+        self.notice = ""
+        self.device = resolve_device(job.run.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, int(job.run.cpus_per_stack)))
+        self.store = ArtifactStore(job.home.artifacts)
+        # Trained already, but a trial (another evaluation protocol, or a kill between the
+        # artifact and its last row) still needs rows: evaluate the final policy only.
+        self.trained = trained
+        compiled, self.notice = resolve_compile(job.run.compile, self.device, declared.steps)
+        self.compiled = compiled and not self.trained
+        self.runs = self._begin_runs()
+
+    # ---------------------------------------------------------------- rows
+
+    def _begin_runs(self) -> list[dict[str, RunRecord]]:
+        """The current record of every trial's run, by trial id, for each stage."""
+        commit, dirty = provenance.git_state()
+        now = provenance.utc_now()
+        segment = {
+            "started_at": now,
+            "from_step": self.declared.steps if self.trained else self.job.stack.resume_step,
+            "device": str(self.device),
+            "compiled": self.compiled,
+            "stack": list(self.job.stack.seeds),
+            "host": provenance.hardware()["host"],
+        }
+        runs: list[dict[str, RunRecord]] = []
+        for stage, spool in zip(self.stages, self.spools, strict=True):
+            earlier = _last_runs(self.job, stage)
+            current: dict[str, RunRecord] = {}
+            for trial in stage.trials:
+                attempt = self.job.attempts.get(trial.id, 1)
+                before = earlier.get(run_id(trial.id, attempt))
+                current[trial.id] = RunRecord(
+                    run_id=run_id(trial.id, attempt),
+                    trial_id=trial.id,
+                    attempt=attempt,
+                    status="running",
+                    started_at=before.started_at if before else now,
+                    ended_at=None,
+                    git_commit=commit,
+                    git_dirty=dirty,
+                    versions=provenance.versions(),
+                    hardware=provenance.hardware(),
+                    device=str(self.device),
+                    compiled=self.compiled,
+                    stack=tuple(self.job.stack.seeds),
+                    timings=before.timings if before else {},
+                    steps_done=self.job.stack.resume_step,
+                    segments=(*(before.segments if before else ()), segment),
+                )
+            spool.append(current.values())
+            runs.append(current)
+        self._earlier_timings = [
+            dict(next(iter(current.values())).timings) if current else {} for current in runs
+        ]
+        return runs
+
+    def _set_status(self, index: int, status: Any, steps_done: int, error: str | None) -> None:
+        """Spools a new state of all runs of one seed."""
+        earlier = self._earlier_timings[index]
+        timings = {
+            name: round(earlier.get(name, 0.0) + seconds, 3)
+            for name, seconds in self.timings.items()
+        }
+        for trial_id, record in self.runs[index].items():
+            self.runs[index][trial_id] = replace(
+                record,
+                status=status,
+                ended_at=None if status == "running" else provenance.utc_now(),
+                timings=timings,
+                steps_done=steps_done,
+                error=error,
+            )
+        self.spools[index].append(self.runs[index].values())
+
+    def _spool_metrics(self, index: int, step: int, metrics: Mapping[str, list[float]]) -> None:
+        self.spools[index].append(
+            MetricRecord(record.run_id, step, name, values[index])
+            for record in self.runs[index].values()
+            for name, values in metrics.items()
+        )
+
+    # ---------------------------------------------------------------- the run
+
+    def run(self) -> str:
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            raise
+        except Exception:
+            for index, alive in enumerate(self.alive):
+                if alive and self.runs[index]:
+                    done = next(iter(self.runs[index].values())).steps_done
+                    self._set_status(index, "failed", done, traceback.format_exc())
+            raise
+
+    def _run(self) -> str:
+        started = time.perf_counter()
+        self.report(Progress(0, self.declared.steps, 0.0, phase="load"))
+        dataset = _load_dataset(self.stages[0], self.device)
+        inputs = _load_inputs(self.job, self.declared, self.device)
+        seeds = self.job.stack.seeds
+        learner = self.declared.learner(self.declared.config, dataset.spec, seeds, inputs)
+        learner.to(self.device)
+        trainer = Trainer(learner, dataset, seeds, self.device, self.compiled)
+        self._restore(trainer)
+        evaluations = self._evaluations()
+        self.timings["load"] += time.perf_counter() - started
+        try:
+            if self.trained:
+                for evaluation in evaluations:
+                    self._evaluate(trainer, evaluation)
+                return self._finish(trainer)
+            return self._train(trainer, evaluations)
+        finally:
+            for evaluation in evaluations:
+                evaluation.close()
+
+    def _restore(self, trainer: Trainer) -> None:
+        if self.trained:
+            states = [self.store.load_state(stage.id) for stage in self.stages]
+        elif self.job.stack.resume_step:
+            name = checkpoint_name(self.job.stack.resume_step)
+            states = [
+                ArtifactStore(self.job.home.checkpoints(stage.id)).load_state(name)
+                for stage in self.stages
+            ]
+        else:
+            return
+        trainer.load_seed_states(states)
+
+    def _evaluations(self) -> list[_Evaluation]:
+        """One evaluation for each protocol that the stack's trials ask for."""
+        protocols: list[EvaluationSpec] = []
+        for stage in self.stages:
+            for trial in stage.trials:
+                if trial.evaluation not in protocols:
+                    protocols.append(trial.evaluation)
+        return [_Evaluation(protocol, self.stages) for protocol in protocols]
+
+    def _train(self, trainer: Trainer, evaluations: list[_Evaluation]) -> str:
+        steps, run = self.declared.steps, self.job.run
+        refresh_every = getattr(trainer.learner, "refresh_every", 0)
+        intervals = [run.log_every, run.checkpoint_every, refresh_every]
+        intervals += [evaluation.every for evaluation in evaluations]
+        if self.compiled:
+            self.report(Progress(trainer.steps_done, steps, 0.0, phase="compile"))
+        while trainer.steps_done < steps and any(self.alive):
+            if refresh_every and trainer.steps_done % refresh_every == 0:
+                trainer.refresh()
+            target = _next_boundary(trainer.steps_done, steps, intervals)
+            chunk = trainer.advance(target - trainer.steps_done)
+            self.timings["compile"] += chunk.first_call_seconds
+            self.timings["train"] += chunk.seconds - chunk.first_call_seconds
+            self._mark_diverged(chunk.diverged)
+            for index, alive in enumerate(self.alive):
+                if alive:
+                    self._spool_metrics(index, target, chunk.metrics)
+            rate = chunk.steps_per_second
+            self.report(self._progress(trainer, rate, "train"))
+            for evaluation in evaluations:
+                if target == steps or (evaluation.every and target % evaluation.every == 0):
+                    self.report(self._progress(trainer, rate, "evaluate"))
+                    self._evaluate(trainer, evaluation)
+            stopping = self.job.stop_file is not None and self.job.stop_file.exists()
+            if target < steps and (stopping or target % run.checkpoint_every == 0):
+                self._checkpoint(trainer)
+            if target < steps and stopping:
+                for index, alive in enumerate(self.alive):
+                    if alive:
+                        self._set_status(index, "interrupted", target, None)
+                self.report(self._progress(trainer, 0.0, "interrupted"))
+                return "interrupted"
+        return self._finish(trainer)
+
+    def _progress(self, trainer: Trainer, rate: float, phase: str) -> Progress:
+        return Progress(
+            trainer.steps_done, self.declared.steps, rate, self.last_return, phase, self.notice
+        )
+
+    def _mark_diverged(self, diverged: Mapping[int, Divergence]) -> None:
+        for index, where in diverged.items():
+            if self.alive[index]:
+                self.alive[index] = False
+                kept = checkpoint_steps(self.job.home.checkpoints(self.stages[index].id))
+                good = f"last good checkpoint: step {kept[-1]}" if kept else "no checkpoint before"
+                self._set_status(index, "diverged", where.step, f"{where}; {good}")
+
+    def _evaluate(self, trainer: Trainer, evaluation: _Evaluation) -> None:
+        started = time.perf_counter()
+        episodes, failed = evaluation.evaluator.run(
+            trainer.learner,  # type: ignore[arg-type]
+            trainer.seeds,
+            trainer.step,
+            self.alive,
+        )
+        self._mark_diverged(
+            {index: Divergence(trainer.steps_done, reason) for index, reason in failed.items()}
+        )
+        returns = []
+        for index, played in enumerate(episodes):
+            rows = [
+                EvalRecord(
+                    self.runs[index][trial.id].run_id,
+                    trainer.steps_done,
+                    episode.episode,
+                    episode.env_seed,
+                    episode.episode_return,
+                    episode.length,
+                )
+                for trial in self.stages[index].trials
+                if trial.evaluation == evaluation.protocol
+                for episode in played
+            ]
+            if rows:
+                self.spools[index].append(rows)
+            returns += [episode.episode_return for episode in played]
+        self.last_return = sum(returns) / len(returns) if returns else None
+        self.timings["evaluate"] += time.perf_counter() - started
+
+    def _checkpoint(self, trainer: Trainer) -> None:
+        """Publishes one checkpoint per living seed, then forgets all but the last two."""
+        name = checkpoint_name(trainer.steps_done)
+        for index, stage in enumerate(self.stages):
+            if not self.alive[index]:
+                continue
+            folder = self.job.home.checkpoints(stage.id)
+            state = trainer.seed_state(index)
+            manifest = {"of_stage": stage.id, "step": trainer.steps_done}
+            ArtifactStore(folder).publish(
+                name, lambda path, state=state: ArtifactStore.save_state(path, state), manifest
+            )
+            self._set_status(index, "running", trainer.steps_done, None)
+            for step in checkpoint_steps(folder)[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
+
+    def _finish(self, trainer: Trainer) -> str:
+        for index, stage in enumerate(self.stages):
+            if self.alive[index]:
+                runs = list(self.runs[index].values())
+                if not self.trained:
+                    self._set_status(index, "running", trainer.steps_done, None)
+                    run = runs[0].run_id if runs else None
+                    _publish(self.job, stage, trainer.seed_state(index), run)
+                self._set_status(index, "done", trainer.steps_done, None)
+        outcome = "done" if any(self.alive) else "diverged"
+        self.report(self._progress(trainer, 0.0, outcome))
+        return outcome
+
+
+class _Evaluation:
+    """One evaluation protocol and its environments, kept between evaluations."""
+
+    def __init__(self, protocol: EvaluationSpec, stages: tuple[Stage, ...]) -> None:
+        self.protocol = protocol
+        self.every = protocol.every
+        spec = environments.evaluation_environment(stages[0].dataset_id)
+        if spec.simulator != protocol.simulator:
+            raise ValueError(
+                f"the trial was planned for {protocol.simulator!r} but this worker has "
+                f"{spec.simulator!r}: returns differ between simulator versions. Install the "
+                "planned version here, or plan again"
+            )
+        self.evaluator = Evaluator(
+            spec.make, len(stages), protocol.episodes, protocol.num_envs, protocol.first_env_seed
+        )
+
+    def close(self) -> None:
+        self.evaluator.close()
+
+
+def _next_boundary(step: int, steps: int, intervals: list[int]) -> int:
+    """The first step after `step` that is a multiple of an interval, or the end."""
+    following = [(step // every + 1) * every for every in intervals if every > 0]
+    return min([steps, *following])
