@@ -1,0 +1,156 @@
+"""The contract over every registered algorithm, and the contract against broken ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import nn
+
+from algorithms import bc, diffusion_ql
+from algorithms.api import Recipe, Train
+from algorithms.blocks.layers import MLP
+from algorithms.blocks.optim import Adam, gradients
+from algorithms.blocks.rng import Rng, Stream
+from algorithms.testing import (
+    ContractError,
+    TinyDataset,
+    cases,
+    check_compiled,
+    check_recipe,
+)
+
+SMALL_BC = bc.Config(hidden_dim=16, batch_size=16)
+SMALL_QL = diffusion_ql.Config(
+    hidden_dim=16, batch_size=16, denoise_steps=3, num_candidates=4, clip_norm=1.0
+)
+CONFIGS = {
+    "bc": (bc.recipe, SMALL_BC),
+    "bc_gaussian": (bc.recipe, replace(SMALL_BC, head="gaussian", sample_actions=True)),
+    "diffusion_ql": (diffusion_ql.recipe, SMALL_QL),
+    "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL_QL, bc_only=True)),
+    "diffusion_ql_paper": (
+        diffusion_ql.recipe,
+        replace(
+            SMALL_QL,
+            q_normalizer="dataset",
+            candidate_choice="none",
+            lr_decay="cosine",
+            max_q_backup=True,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_contract_holds(name):
+    check_recipe(*CONFIGS[name])
+
+
+def test_asymmetric_action_bounds_are_kept():
+    dataset = TinyDataset()
+    dataset.spec = replace(dataset.spec, action_low=(-1.0, 0.0), action_high=(2.0, 0.5))
+    for name in ("bc", "bc_gaussian", "diffusion_ql"):
+        check_recipe(*CONFIGS[name], dataset=dataset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bc", "diffusion_ql"])
+def test_compiled_step_equals_eager_and_stack_equals_solo(name):
+    for case in cases(*CONFIGS[name]):
+        check_compiled(case)
+
+
+# A checker that cannot fail proves nothing: each of these learners breaks one rule.
+
+
+@dataclass(frozen=True)
+class BrokenConfig:
+    steps: int = 1
+    flaw: str = ""
+
+
+class Broken(nn.Module):
+    def __init__(self, config, spec, seeds, inputs=None):
+        super().__init__()
+        self.config = config
+        if config.flaw == "ignores seeds":
+            seeds = [0] * len(seeds)
+        rng = Rng.at_step(seeds, 0, Stream.INITIALISATION)
+        self.actor = MLP(rng, (spec.obs_dim, 16, spec.action_dim))
+        self.optim = Adam(self.actor, 1e-3)
+        self.calls = 0
+        self.offset = torch.zeros(len(seeds))
+        if config.flaw == "constant in state":
+            self.register_buffer("bound", torch.ones(()))
+        if config.flaw == "requires grad":
+            self.actor.layers[0].weight.requires_grad_(True)
+
+    def sample(self, dataset, rng):
+        return dataset.transitions(rng, 16)
+
+    def update(self, batch, rng):
+        flaw = self.config.flaw
+
+        def loss(actor):
+            error = (actor(batch.obs) - batch.action).square().mean(dim=(1, 2))
+            if flaw == "mixes seeds":
+                error = error * error.mean()
+            if flaw == "unregistered state":
+                error = error * (1.0 + self.offset)
+            return error, {"loss": error if flaw != "metric of wrong shape" else error.mean()}
+
+        grads, metrics = gradients(self.actor, loss)
+        self.optim.step(self.actor, grads)
+        if flaw == "unregistered state":
+            self.offset = self.offset + 0.1
+        if flaw == "host number":
+            metrics["loss"] = metrics["loss"] * float(metrics["loss"].sum())
+        if flaw == "global generator":
+            metrics["loss"] = metrics["loss"] + torch.rand(())
+        if flaw == "python counter":
+            self.calls += 1
+            metrics["loss"] = metrics["loss"] * self.calls
+        return metrics
+
+    def load_state_dict(self, state, strict=True):
+        return super().load_state_dict(state, strict=self.config.flaw != "lenient loading")
+
+    def act(self, obs, rng):
+        action = self.actor(obs).clamp(-1.0, 1.0)
+        if self.config.flaw == "out of bounds":
+            action = action + 3.0
+        if self.config.flaw == "act mixes seeds":
+            action = (action * action.abs().mean()).clamp(-1.0, 1.0)
+        return action
+
+
+FLAWS = {
+    "ignores seeds": "initialise from the given seeds",
+    "constant in state": "persistent=False",
+    "requires grad": "requires grad",
+    "mixes seeds": "must equal itself alone",
+    "unregistered state": "registered",
+    "metric of wrong shape": "expected floats of shape",
+    "host number": "one graph|must equal itself alone",
+    "global generator": "same metrics",
+    "python counter": "traced|resumed",
+    "lenient loading": "expected load_state_dict to raise",
+    "out of bounds": "actions outside",
+    "act mixes seeds": "must not depend on the stack",
+}
+
+
+def broken_recipe() -> Recipe:
+    return Recipe("broken", 1, BrokenConfig, lambda c: (Train("policy", Broken, c, c.steps),))
+
+
+def test_learner_without_flaws_passes():
+    check_recipe(broken_recipe())
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_broken_learner_is_caught(flaw):
+    with pytest.raises(ContractError, match=FLAWS[flaw]):
+        check_recipe(broken_recipe(), BrokenConfig(flaw=flaw))

@@ -1,0 +1,127 @@
+"""The rollout loop against one environment played at a time."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from algorithms.blocks.rng import Rng, Stream
+from harness.evaluate import EvaluationError, Evaluator
+
+
+class Walk(gymnasium.Env):
+    """A seeded random walk that ends early for some seeds and by time limit for others."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    limit = 12
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position, self.t = float(self.np_random.normal()), 0
+        return self._obs(), {}
+
+    def step(self, action):
+        assert action.shape == (1,)
+        assert abs(float(action[0])) <= 1.0
+        self.position += float(action[0]) + 0.3 * float(self.np_random.normal())
+        self.t += 1
+        terminated = self.position > 2.0
+        return self._obs(), self.position, terminated, self.t >= self.limit, {}
+
+    def _obs(self):
+        return np.array([self.position, self.t], np.float32)
+
+
+class LinearPolicy:
+    """A different gain for each seed; may exceed the bounds."""
+
+    def __init__(self, gains):
+        self.gains = torch.tensor(gains)
+
+    def act(self, obs, rng):
+        return self.gains[:, None, None] * obs[..., :1]
+
+
+class NoisyPolicy:
+    """Depends on the numbers it is given."""
+
+    def act(self, obs, rng):
+        return 0.1 * obs[..., :1] + rng.normal(obs.shape[1], 1)
+
+
+def play_one(gain, env_seed):
+    env = Walk()
+    obs, _ = env.reset(seed=env_seed)
+    total, length, over = 0.0, 0, False
+    while not over:
+        action = np.clip(np.float32(gain) * obs[:1], -1, 1)
+        obs, reward, terminated, truncated, _ = env.step(action)
+        total, length, over = total + reward, length + 1, terminated or truncated
+    return total, length
+
+
+def evaluate(policy, seeds, episodes, num_envs, alive=None, make=Walk):
+    evaluator = Evaluator(make, len(seeds), episodes, num_envs, first_env_seed=50)
+    step = torch.full((len(seeds),), 7)
+    result = evaluator.run(policy, torch.tensor(seeds), step, alive or [True] * len(seeds))
+    evaluator.close()
+    return result
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 7, 20])
+def test_returns_and_lengths_equal_one_environment_at_a_time(num_envs):
+    gains = [0.9, -0.4, 2.0]
+    episodes, failed = evaluate(LinearPolicy(gains), [0, 1, 2], 7, num_envs)
+    assert failed == {}
+    lengths = set()
+    for gain, played in zip(gains, episodes, strict=True):
+        assert [item.episode for item in played] == list(range(7))
+        for item in played:
+            total, length = play_one(gain, 50 + item.episode)
+            assert item.env_seed == 50 + item.episode
+            assert item.length == length
+            assert item.episode_return == pytest.approx(total, abs=1e-9)
+            lengths.add(length)
+    assert Walk.limit in lengths  # both ways of ending were met
+    assert min(lengths) < Walk.limit
+
+
+def test_a_seed_plays_the_same_episodes_alone_or_in_a_stack():
+    stacked, _ = evaluate(NoisyPolicy(), [4, 9, 2], 5, 2)
+    for index, seed in enumerate([4, 9, 2]):
+        alone, _ = evaluate(NoisyPolicy(), [seed], 5, 2)
+        assert stacked[index] == alone[0]
+
+
+def test_dead_seeds_are_not_played_and_do_not_change_the_others():
+    every, _ = evaluate(NoisyPolicy(), [4, 9], 5, 2)
+    some, _ = evaluate(NoisyPolicy(), [4, 9], 5, 2, alive=[False, True])
+    assert some[0] == []
+    assert some[1] == every[1]
+
+
+def test_an_action_that_is_not_finite_ends_only_its_seed():
+    episodes, failed = evaluate(LinearPolicy([0.5, float("nan")]), [0, 1], 4, 4)
+    good, _ = evaluate(LinearPolicy([0.5]), [0], 4, 4)
+    assert "not finite" in failed[1]
+    assert episodes == [good[0], []]
+
+
+def test_a_broken_environment_is_named_with_its_seed_and_step():
+    class Broken(Walk):
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            return obs, (float("nan") if self.t == 3 else reward), *rest
+
+    with pytest.raises(EvaluationError, match=r"env seed 5\d\) at step 3"):
+        evaluate(LinearPolicy([0.0]), [0], 2, 2, make=Broken)
+
+
+def test_evaluation_noise_differs_between_environment_steps_and_training_steps():
+    seeds, step = torch.tensor([3]), torch.tensor([10])
+    draw = lambda s, t: Rng(seeds, s, Stream.EVALUATION, t).normal(4)  # noqa: E731
+    assert not torch.equal(draw(step, 0), draw(step, 1))
+    assert not torch.equal(draw(step, 0), draw(step + 1, 0))

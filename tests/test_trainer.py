@@ -1,0 +1,168 @@
+"""The step loop: chunks, divergence, slicing by seed and continuing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from algorithms.blocks.rng import Rng, Stream
+from harness import datasets
+from harness.datasets import DataSpec
+from harness.trainer import STEP_KEY, Trainer, resolve_compile, resolve_device
+
+CPU = torch.device("cpu")
+
+
+class Counter(nn.Module):
+    """A learner whose state and metrics are known in closed form."""
+
+    def __init__(self, num_seeds, nan_at=None):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(num_seeds))
+        self.nan_at = nan_at  # (seed index, step)
+
+    def sample(self, dataset, rng):
+        return None
+
+    def update(self, batch, rng):
+        self.total += rng.step + 1.0  # 1, 2, 3, ...
+        loss = self.total.clone()
+        if self.nan_at is not None:
+            index, step = self.nan_at
+            bad = (torch.arange(len(loss)) == index) & (rng.step + 1 >= step)
+            loss = torch.where(bad, torch.nan, loss)
+        return {"fine": torch.ones_like(loss), "loss": loss}
+
+
+def test_metrics_are_means_over_the_chunk_and_steps_count_up():
+    trainer = Trainer(Counter(2), None, [0, 1], CPU, False)
+    first, second = trainer.advance(3), trainer.advance(2)
+    assert (first.step, second.step) == (3, 5)
+    assert first.metrics["loss"] == [pytest.approx((1 + 3 + 6) / 3)] * 2
+    assert second.metrics["loss"] == [pytest.approx((10 + 15) / 2)] * 2
+    assert first.diverged == {}
+
+
+def test_a_divergence_names_the_seed_the_step_and_the_metric():
+    trainer = Trainer(Counter(3, nan_at=(1, 5)), None, [7, 8, 9], CPU, False)
+    assert trainer.advance(4).diverged == {}
+    chunk = trainer.advance(4)
+    assert list(chunk.diverged) == [1]
+    assert (chunk.diverged[1].step, chunk.diverged[1].metric) == (5, "loss")
+    assert "loss is not finite at step 5" in str(chunk.diverged[1])
+
+
+def test_metrics_of_a_wrong_shape_are_refused():
+    class Wrong(Counter):
+        def update(self, batch, rng):
+            return {"loss": torch.zeros(5)}
+
+    with pytest.raises(ValueError, match=r"must have shape \[K\]"):
+        Trainer(Wrong(2), None, [0, 1], CPU, False).advance(1)
+
+
+def make_trainer(bandit, seeds, compile_step=False, name="bc", **config):
+    from harness.registry import Registry
+
+    recipe = Registry().get(name)
+    stage = recipe.stages(recipe.config(batch_size=8, hidden_dim=16, **config))[-1]
+    dataset = datasets.load(bandit, DataSpec())
+    learner = stage.learner(stage.config, dataset.spec, seeds, {})
+    return Trainer(learner, dataset, seeds, CPU, compile_step)
+
+
+def assert_equal_states(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("name", ["bc", "diffusion_ql"])
+def test_seeds_taken_out_of_stacks_continue_bitwise(bandit, name):
+    """Three seeds from two different stacks, stacked anew, equal an uninterrupted run."""
+    whole = make_trainer(bandit, [3, 1, 4], name=name)
+    whole.advance(6)
+    left, right = make_trainer(bandit, [4, 3], name=name), make_trainer(bandit, [1], name=name)
+    left.advance(2)
+    right.advance(2)
+    anew = make_trainer(bandit, [3, 1, 4], name=name)
+    anew.load_seed_states([left.seed_state(1), right.seed_state(0), left.seed_state(0)])
+    assert anew.steps_done == 2
+    anew.advance(1)
+    anew.advance(3)
+    for index in range(3):
+        assert_equal_states(whole.seed_state(index), anew.seed_state(index))
+
+
+def test_states_of_another_learner_or_another_step_are_refused(bandit):
+    trainer = make_trainer(bandit, [0, 1])
+    state = trainer.seed_state(0)
+    with pytest.raises(ValueError, match="missing"):
+        trainer.load_seed_states([state, {k: v for k, v in list(state.items())[1:]}])
+    later = dict(state) | {STEP_KEY: state[STEP_KEY] + 1}
+    with pytest.raises(ValueError, match="different steps"):
+        trainer.load_seed_states([state, later])
+    with pytest.raises(ValueError, match="1 states for a stack of 2"):
+        trainer.load_seed_states([state])
+
+
+@pytest.mark.slow
+def test_the_compiled_step_equals_the_eager_one_and_does_not_depend_on_the_stack(bandit):
+    eager = make_trainer(bandit, [3, 1], name="diffusion_ql", denoise_steps=2)
+    stacked = make_trainer(bandit, [3, 1], True, name="diffusion_ql", denoise_steps=2)
+    alone = make_trainer(bandit, [3], True, name="diffusion_ql", denoise_steps=2)
+    for trainer in (eager, stacked, alone):
+        trainer.advance(5)
+    assert_equal_states(stacked.seed_state(0), alone.seed_state(0))
+    for name, value in eager.seed_state(1).items():
+        torch.testing.assert_close(value, stacked.seed_state(1)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_generated_data_replace_the_dataset_on_refresh():
+    class Refreshing(Counter):
+        def refresh(self, dataset, rng):
+            return (dataset or 0) + int(rng.step[0])
+
+    trainer = Trainer(Refreshing(1), None, [0], CPU, False)
+    trainer.advance(4)
+    trainer.refresh()
+    assert trainer.dataset == 4
+
+
+def test_devices_and_compile_modes_are_checked():
+    assert resolve_device("cpu") == CPU
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        resolve_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="sees no CUDA device"):
+            resolve_device("cuda")
+    assert resolve_compile("off", CPU, 10**9) == (False, "")
+    assert resolve_compile("auto", CPU, 10) == (False, "")
+    with pytest.raises(ValueError, match="expected auto, on or off"):
+        resolve_compile("yes", CPU, 10)
+
+
+def test_without_a_compiler_training_is_eager_with_a_notice(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiled, notice = resolve_compile("on", CPU, 10**9)
+    assert not compiled
+    assert "g++" in notice
+
+
+def test_a_step_draws_from_its_own_numbers():
+    """The trainer hands out the draws of (seed, step), whatever was done before."""
+
+    class Recorder(Counter):
+        def __init__(self):
+            super().__init__(2)
+            self.seen = []
+
+        def update(self, batch, rng):
+            self.seen.append(rng.normal(3))
+            return {"loss": self.total}
+
+    learner = Recorder()
+    Trainer(learner, None, [5, 6], CPU, False).advance(3)
+    expected = Rng.at_step([5, 6], 2, Stream.TRAIN).normal(3)
+    assert torch.equal(learner.seen[2], expected)

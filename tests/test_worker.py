@@ -1,0 +1,221 @@
+"""One stack from data to artifacts: what is on disk when, and what a restart does with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import worker
+from harness.artifacts import ArtifactStore
+from harness.home import Home
+from harness.plan import make_plan
+from harness.spec import load_experiment
+from harness.spool import Spool, read
+from harness.trainer import Trainer
+from harness.worker import Job, StackBusyError, run_stack
+from results.records import EvalRecord, MetricRecord, RunRecord
+from tests import inline
+
+SPEC = """
+name: tiny
+algorithms: {bc: {config: {hidden_dim: 8, batch_size: 8}}}
+datasets: [generated/bandit2d-v0]
+seeds: 0-2
+steps: 40
+evaluation: {every: 20, episodes: 4}
+run: {log_every: 5, checkpoint_every: 10, compile: "off", device: cpu}
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path, bandit: str) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+def job_of(spec: Path, home: Home, overrides=(), **changes) -> Job:
+    experiment = load_experiment(spec, list(overrides))
+    plan = make_plan(experiment, None, ArtifactStore(home.artifacts), home.work)
+    (stack,) = plan.ready()
+    return Job(stack, experiment.run, home, {}, **changes)
+
+
+def last_status(home: Home, stage) -> str:
+    records = [r for r in read(home.spool(stage.id)) if isinstance(r, RunRecord)]
+    return records[-1].status
+
+
+def test_a_stack_leaves_rows_and_a_verified_artifact_for_each_seed(spec, tmp_path):
+    home = Home.find(tmp_path / "home")
+    job = job_of(spec, home)
+    phases = []
+    assert run_stack(job, lambda progress: phases.append(progress.phase)) == "done"
+    assert phases[0] == "load"
+    assert phases[-1] == "done"
+    store = ArtifactStore(home.artifacts)
+    for stage in job.stack.stages:
+        store.verify(stage.id)
+        records = list(read(home.spool(stage.id)))
+        evals = [r for r in records if isinstance(r, EvalRecord)]
+        assert [(r.step, r.episode) for r in evals] == [(s, e) for s in (20, 40) for e in range(4)]
+        assert all(r.length == 1 for r in evals)
+        steps = {r.step for r in records if isinstance(r, MetricRecord)}
+        assert steps == set(range(5, 41, 5))
+        final = [r for r in records if isinstance(r, RunRecord)][-1]
+        assert (final.status, final.steps_done, final.stack) == ("done", 40, (0, 1, 2))
+        assert final.versions["mujoco"]
+        assert final.timings["train"] > 0
+        assert not home.checkpoints(stage.id).exists()
+
+
+def test_a_stopped_stack_continues_to_the_same_rows(spec, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert inline.sweep(spec, whole).ok
+    home = Home.find(parts)
+    stop = tmp_path / "stop"
+    stop.touch()
+    job = job_of(spec, home, stop_file=stop)
+    assert run_stack(job, lambda progress: None) == "interrupted"
+    assert {last_status(home, stage) for stage in job.stack.stages} == {"interrupted"}
+    assert inline.sweep(spec, parts).ok
+    assert inline.rows(parts) == inline.rows(whole)
+    with inline.Store.open(home.database_url()) as store:
+        (segments,) = {len(s) for s in store.runs()["segments"]}
+    assert segments == 2  # both processes are on record
+
+
+def test_the_same_sweep_again_runs_nothing_and_more_seeds_run_only_those(spec, tmp_path):
+    first = inline.sweep(spec, tmp_path / "home")
+    again = inline.sweep(spec, tmp_path / "home")
+    more = inline.sweep(spec, tmp_path / "home", ["seeds=0-3"])
+    assert (first.trained, again.trained, more.trained) == (1, 0, 1)
+    assert more.ok
+    assert len(more.statuses) == 4
+
+
+def test_seeds_trained_one_by_one_or_stacked_give_the_same_rows(spec, tmp_path):
+    inline.sweep(spec, tmp_path / "stacked")
+    inline.sweep(spec, tmp_path / "single", ["run.max_stack=1"])
+    assert inline.rows(tmp_path / "stacked") == inline.rows(tmp_path / "single")
+
+
+class NanAfter:
+    """Makes one seed's parameters nan at a step of the real learner."""
+
+    def __init__(self, monkeypatch, index, step):
+        advance = Trainer.advance
+
+        def poisoned(trainer, num_steps):
+            if trainer.steps_done == step:
+                for parameter in trainer.learner.actor.parameters():
+                    parameter.data[index] = torch.nan
+            return advance(trainer, num_steps)
+
+        monkeypatch.setattr(Trainer, "advance", poisoned)
+
+
+def test_a_diverged_seed_is_a_result_and_the_others_go_on_unchanged(spec, tmp_path, monkeypatch):
+    inline.sweep(spec, tmp_path / "good")
+    with monkeypatch.context() as patch:
+        NanAfter(patch, index=1, step=20)
+        summary = inline.sweep(spec, tmp_path / "bad")
+    assert sorted(summary.statuses.values()) == ["diverged", "done", "done"]
+    assert not summary.ok
+    (error,) = summary.errors.values()
+    assert "is not finite at step 21" in error
+    assert "last good checkpoint: step 20" in error
+    good, bad = inline.rows(tmp_path / "good"), inline.rows(tmp_path / "bad")
+    lost = {run[0] for run in bad["runs"] if run[3] == "diverged"}
+    for table in ("evals", "metrics", "runs"):
+        assert [r for r in good[table] if r[0] not in lost] == [
+            r for r in bad[table] if r[0] not in lost
+        ]
+    again = inline.sweep(spec, tmp_path / "bad")
+    assert again.trained == 0  # a result is not run again by itself
+    retried = inline.sweep(spec, tmp_path / "bad", retry=("failed", "diverged"))
+    assert retried.ok
+    with inline.Store.open(Home.find(tmp_path / "bad").database_url()) as store:
+        assert sorted(store.runs()["attempt"]) == [1, 1, 1, 2]
+
+
+def test_a_crash_is_recorded_with_its_traceback_and_retried_by_the_next_sweep(
+    spec, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+
+        def broken(*arguments):
+            raise RuntimeError("the simulator is on fire")
+
+        patch.setattr(worker.Evaluator, "run", broken)
+        summary = inline.sweep(spec, tmp_path / "home")
+    assert set(summary.statuses.values()) == {"failed"}
+    assert all("on fire" in error for error in summary.errors.values())
+    assert inline.sweep(spec, tmp_path / "home").ok
+
+
+def test_a_stack_in_use_is_refused(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "LOCK_WAIT_S", 0.1)
+    home = Home.find(tmp_path / "home")
+    job = job_of(spec, home)
+    with (
+        worker._locked(home.stage(job.stack.stages[1].id)),
+        pytest.raises(StackBusyError, match="another process is working in"),
+    ):
+        run_stack(job, lambda progress: None)
+
+
+def test_changed_data_are_noticed_before_training(spec, tmp_path, monkeypatch):
+    from harness import datasets
+
+    home = Home.find(tmp_path / "home")
+    job = job_of(spec, home)
+    monkeypatch.setattr(datasets, "digest", lambda dataset_id: "0" * 64)
+    with pytest.raises(datasets.DatasetError, match="the data changed since"):
+        run_stack(job, lambda progress: None)
+    assert last_status(home, job.stack.stages[0]) == "failed"
+
+
+def test_another_simulator_version_is_refused(spec, tmp_path, monkeypatch):
+    home = Home.find(tmp_path / "home")
+    job = job_of(spec, home)
+    found = type(worker.environments.evaluation_environment("generated/bandit2d-v0"))
+    monkeypatch.setattr(found, "simulator", property(lambda self: "mujoco 9.9"))
+    with pytest.raises(ValueError, match=r"planned for .* this worker has 'mujoco 9\.9'"):
+        run_stack(job, lambda progress: None)
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_the_file(spec, tmp_path):
+    home = Home.find(tmp_path / "home")
+    stop = tmp_path / "stop"
+    stop.touch()
+    job = job_of(spec, home, stop_file=stop)
+    run_stack(job, lambda progress: None)
+    stop.unlink()
+    (file,) = home.checkpoints(job.stack.stages[0].id).glob("*/state.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(RuntimeError, match=r"state\.safetensors"):
+        run_stack(job, lambda progress: None)
+
+
+def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path):
+    """The artifact is there, the run is not done: nothing is trained again."""
+    whole, home_path = tmp_path / "whole", tmp_path / "home"
+    inline.sweep(spec, whole)
+    home = Home.find(home_path)
+    job = job_of(spec, home)
+    run_stack(job, lambda progress: None)
+    for stage in job.stack.stages:  # as if killed just before the last row
+        records = list(read(home.spool(stage.id)))
+        home.spool(stage.id).unlink()
+        with Spool(home.spool(stage.id)) as spool:
+            spool.append(records[:-1])
+    phases = []
+    assert run_stack(job, lambda progress: phases.append(progress.phase)) == "done"
+    assert "train" not in phases
+    assert inline.sweep(spec, home_path).trained == 0
+    assert inline.rows(home_path) == inline.rows(whole)
