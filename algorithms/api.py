@@ -119,7 +119,11 @@ class Policy(Protocol):
     """The last stage's learner."""
 
     def act(self, obs: Tensor, rng: Rng) -> Tensor:
-        """Actions within the dataset's bounds: [K, N, O] -> [K, N, A]."""
+        """Actions within the dataset's bounds: [K, N, O] -> [K, N, A].
+
+        Rows are independent episodes: every draw is led by N (`rng.normal(N, ...)`), so that a
+        row's action depends on its own episode only, however many are played beside it.
+        """
 
 
 @dataclass(frozen=True)

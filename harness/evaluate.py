@@ -6,14 +6,18 @@ Owns the rollout loop and which environment seed an episode gets. Raw returns on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from algorithms.api import Policy
-from algorithms.blocks.rng import Rng, Stream
+from algorithms.blocks.rng import RowRng, Stream
+
+MIN_ROWS = 4
+"""Rows of a policy call, at least: below four, matrix kernels on CPU sum in another order, and a
+seed's last episodes would depend on how many others are still in play."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,16 @@ class _Slot:
     episode: int = -1  # -1: idle
     total: float = 0.0
     length: int = 0
+    obs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
 class Evaluator:
     """Plays the same episodes for every seed and every algorithm.
 
-    Episode `e` always starts from `env.reset(seed=first_env_seed + e)`. Slot `n` of a seed plays
-    the episodes n, n + N, n + 2N, ... in this order, so what a seed sees does not depend on the
-    other seeds of its stack.
+    Episode `e` always starts from `env.reset(seed=first_env_seed + e)`, and the policy's numbers
+    are a function of seed, step, episode and environment step. So returns depend neither on
+    `num_envs` nor on the other seeds of the stack. An environment that is done takes the next
+    episode; one with none left is not computed any more.
 
     Args:
         make_env: builds one environment with flat observations and its time limit.
@@ -89,72 +95,86 @@ class Evaluator:
 
         Returns:
             K lists in the order of episodes, and for seeds whose policy produced an action that
-            is not finite the reason.
+            is not finite which one.
         """
-        num_seeds, num_slots = len(self.slots), len(self.slots[0])
-        obs = np.zeros((num_seeds, num_slots, self.obs_dim), dtype=np.float32)
-        done: list[list[Episode]] = [[] for _ in range(num_seeds)]
+        done: list[list[Episode]] = [[] for _ in self.slots]
         failed: dict[int, str] = {}
-        for k in range(num_seeds):
-            for n, slot in enumerate(self.slots[k]):
-                slot.episode = -1
-                if alive[k]:
-                    self._begin(slot, n, obs[k, n])
-        env_step = 0
-        while any(slot.episode >= 0 for row in self.slots for slot in row):
-            rng = Rng(seeds, step, Stream.EVALUATION, env_step)
-            with torch.no_grad():
-                action = policy.act(torch.from_numpy(obs).to(seeds.device), rng)
-            actions = action.cpu().numpy()
-            if actions.shape[:2] != (num_seeds, num_slots):
-                raise ValueError(
-                    f"act() returned shape {actions.shape} for observations {obs.shape}; "
-                    "expected [K, N, A]"
-                )
-            for k in range(num_seeds):
-                if (
-                    any(slot.episode >= 0 for slot in self.slots[k])
-                    and not np.isfinite(actions[k]).all()
-                ):
-                    failed[k] = f"action is not finite at environment step {env_step}"
-                    done[k] = []
-                    for slot in self.slots[k]:
-                        slot.episode = -1
-                for n, slot in enumerate(self.slots[k]):
-                    if slot.episode >= 0:
-                        self._play(slot, actions[k, n], obs[k, n], done[k], num_slots)
-            env_step += 1
+        waiting = [list(range(self.episodes))[::-1] if is_alive else [] for is_alive in alive]
+        active: list[list[_Slot]] = [[] for _ in self.slots]
+        for k, row in enumerate(self.slots):
+            for slot in row:
+                if waiting[k]:
+                    self._begin(slot, waiting[k].pop())
+                    active[k].append(slot)
+        while any(active):
+            actions = self._act(policy, seeds, step, active)
+            for k, slots in enumerate(active):
+                if not np.isfinite(actions[k, : len(slots)]).all():
+                    failed[k] = f"action (environment step {slots[0].length})"
+                    done[k], active[k] = [], []
+                    continue
+                for slot, action in zip(slots, actions[k], strict=False):
+                    if self._play(slot, action):
+                        done[k].append(self._finished(slot))
+                        if waiting[k]:
+                            self._begin(slot, waiting[k].pop())
+                        else:
+                            slot.episode = -1
+                active[k] = [slot for slot in slots if slot.episode >= 0]
         for episodes in done:
             episodes.sort(key=lambda item: item.episode)
         return done, failed
 
-    def _begin(self, slot: _Slot, episode: int, obs: np.ndarray) -> None:
+    def _act(
+        self,
+        policy: Policy,
+        seeds: torch.Tensor,
+        step: torch.Tensor,
+        active: list[list[_Slot]],
+    ) -> np.ndarray:
+        """Actions [K, rows, A] for the episodes in play, packed to the front of each seed."""
+        num_rows = max(MIN_ROWS, *(len(slots) for slots in active))
+        obs = np.zeros((len(active), num_rows, self.obs_dim), dtype=np.float32)
+        place = np.zeros((2, len(active), num_rows), dtype=np.int64)  # episode, environment step
+        for k, slots in enumerate(active):
+            for row, slot in enumerate(slots):
+                obs[k, row] = slot.obs
+                place[:, k, row] = slot.episode, slot.length
+        episode, env_step = torch.from_numpy(place).to(seeds.device)
+        rng = RowRng(seeds, step, Stream.EVALUATION, episode, env_step)
+        with torch.no_grad():
+            actions = policy.act(torch.from_numpy(obs).to(seeds.device), rng).cpu().numpy()
+        if actions.shape[:2] != obs.shape[:2]:
+            raise ValueError(
+                f"act() returned shape {actions.shape} for observations {obs.shape}; expected "
+                "[K, N, A]"
+            )
+        return actions
+
+    def _begin(self, slot: _Slot, episode: int) -> None:
         slot.episode, slot.total, slot.length = episode, 0.0, 0
         first, _ = slot.env.reset(seed=self.first_env_seed + episode)
-        obs[:] = np.asarray(first, dtype=np.float32).reshape(-1)
+        slot.obs = np.asarray(first, dtype=np.float32).reshape(-1)
 
-    def _play(
-        self, slot: _Slot, action: np.ndarray, obs: np.ndarray, done: list[Episode], stride: int
-    ) -> None:
+    def _play(self, slot: _Slot, action: np.ndarray) -> bool:
+        """Steps one environment; whether its episode is over."""
         next_obs, reward, terminated, truncated, _ = slot.env.step(
             np.clip(action, self.action_low, self.action_high)
         )
-        obs[:] = np.asarray(next_obs, dtype=np.float32).reshape(-1)
+        slot.obs = np.asarray(next_obs, dtype=np.float32).reshape(-1)
         slot.total += float(reward)
         slot.length += 1
-        if not np.isfinite(slot.total) or not np.isfinite(obs).all():
+        if not np.isfinite(slot.total) or not np.isfinite(slot.obs).all():
             raise EvaluationError(
                 f"{slot.env.spec.id if slot.env.spec else slot.env} returned a reward or an "
                 f"observation that is not finite in episode {slot.episode} (env seed "
                 f"{self.first_env_seed + slot.episode}) at step {slot.length}"
             )
-        if terminated or truncated:
-            env_seed = self.first_env_seed + slot.episode
-            done.append(Episode(slot.episode, env_seed, slot.total, slot.length))
-            following = slot.episode + stride
-            slot.episode = -1
-            if following < self.episodes:
-                self._begin(slot, following, obs)
+        return bool(terminated or truncated)
+
+    def _finished(self, slot: _Slot) -> Episode:
+        env_seed = self.first_env_seed + slot.episode
+        return Episode(slot.episode, env_seed, slot.total, slot.length)
 
     def close(self) -> None:
         """Closes every environment."""

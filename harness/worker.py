@@ -33,6 +33,7 @@ from harness.plan import (
     checkpoint_name,
     checkpoint_steps,
     resume_groups,
+    usable_steps,
 )
 from harness.registry import Registry
 from harness.spec import EvaluationSpec, RunOptions
@@ -122,7 +123,11 @@ def _parts(job: Job) -> Iterator[tuple[tuple[Stage, ...], int, bool]]:
     if trained:
         yield trained, 0, True
     rest = [stage for stage in left if stage not in trained]
-    steps = {s.id: checkpoint_steps(job.home.checkpoints(s.id)) for s in rest}
+    steps = {}
+    for stage in rest:
+        runs = {run.trial_id: run for run in _last_runs(job, stage).values()}
+        found = checkpoint_steps(job.home.checkpoints(stage.id))
+        steps[stage.id] = usable_steps(stage, found, runs)
     for step, ids in resume_groups(steps):
         yield tuple(stage for stage in rest if stage.id in ids), step, False
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms.blocks.rng import Rng, Stream
+from algorithms.blocks.rng import RowRng, Stream
 from harness.evaluate import EvaluationError, Evaluator
 
 
@@ -96,6 +96,21 @@ def test_a_seed_plays_the_same_episodes_alone_or_in_a_stack():
         assert stacked[index] == alone[0]
 
 
+def test_the_number_of_environments_does_not_change_the_returns():
+    everything, _ = evaluate(NoisyPolicy(), [4, 9], 9, 9)
+    for num_envs in (1, 2, 4, 5):
+        assert evaluate(NoisyPolicy(), [4, 9], 9, num_envs)[0] == everything
+
+
+def test_a_draw_that_mixes_episodes_is_refused():
+    class Mixing:
+        def act(self, obs, rng):
+            return obs[..., :1] + rng.normal(1)
+
+    with pytest.raises(ValueError, match="must be led by the N = 4 rows"):
+        evaluate(Mixing(), [0], 4, 4)
+
+
 def test_dead_seeds_are_not_played_and_do_not_change_the_others():
     every, _ = evaluate(NoisyPolicy(), [4, 9], 5, 2)
     some, _ = evaluate(NoisyPolicy(), [4, 9], 5, 2, alive=[False, True])
@@ -106,7 +121,7 @@ def test_dead_seeds_are_not_played_and_do_not_change_the_others():
 def test_an_action_that_is_not_finite_ends_only_its_seed():
     episodes, failed = evaluate(LinearPolicy([0.5, float("nan")]), [0, 1], 4, 4)
     good, _ = evaluate(LinearPolicy([0.5]), [0], 4, 4)
-    assert "not finite" in failed[1]
+    assert failed == {1: "action (environment step 0)"}
     assert episodes == [good[0], []]
 
 
@@ -120,8 +135,20 @@ def test_a_broken_environment_is_named_with_its_seed_and_step():
         evaluate(LinearPolicy([0.0]), [0], 2, 2, make=Broken)
 
 
-def test_evaluation_noise_differs_between_environment_steps_and_training_steps():
-    seeds, step = torch.tensor([3]), torch.tensor([10])
-    draw = lambda s, t: Rng(seeds, s, Stream.EVALUATION, t).normal(4)  # noqa: E731
-    assert not torch.equal(draw(step, 0), draw(step, 1))
-    assert not torch.equal(draw(step, 0), draw(step + 1, 0))
+def test_evaluation_noise_is_a_function_of_seed_step_episode_and_environment_step():
+    seeds, step = torch.tensor([3, 5]), torch.tensor([10, 10])
+    episode, env_step = torch.tensor([[0, 1, 2], [2, 0, 1]]), torch.tensor([[7, 7, 8], [8, 7, 7]])
+    rng = RowRng(seeds, step, Stream.EVALUATION, episode, env_step)
+    first, second = rng.normal(3, 2), rng.normal(3, 2)
+    for k in range(2):
+        for row in range(3):
+            own = RowRng(
+                seeds[k : k + 1],
+                step[:1],
+                Stream.EVALUATION,
+                episode[k : k + 1, row : row + 1],
+                env_step[k : k + 1, row : row + 1],
+            )
+            assert torch.equal(own.normal(1, 2)[0, 0], first[k, row])
+            assert torch.equal(own.normal(1, 2)[0, 0], second[k, row])
+    assert len(torch.cat([first, second]).flatten().unique()) == 24

@@ -125,21 +125,21 @@ class Diffusion(nn.Module):
         """One sample per row by ancestral sampling, clipped at every level: [K, *rows, A].
 
         Gradients flow through the whole chain and through the clipping (zero where it saturates).
-        The noise of all levels is one draw.
+        The noise of all levels is one draw, led by the rows: acting rows are separate episodes.
 
         Args:
             obs: conditions, [K, *rows, O].
             low, high: bounds of the clean value, [A].
         """
         rows = obs.shape[1:-1]
-        noise = rng.normal(self.denoise_steps, *rows, low.shape[-1])  # [K, T, *rows, A]
-        x = noise[:, 0]
+        noise = rng.normal(*rows, self.denoise_steps, low.shape[-1])  # [K, *rows, T, A]
+        x = noise[..., 0, :]
         for t in reversed(range(self.denoise_steps)):
             level = torch.full((1,) * (obs.dim() - 1), t, device=obs.device)
             clean = self.denoise(x, t, denoiser(x, level, obs)).clamp(low, high)
             x = self.clean_coef[t] * clean + self.noisy_coef[t] * x
             if t > 0:
-                x = x + self.posterior_var[t].sqrt() * noise[:, self.denoise_steps - t]
+                x = x + self.posterior_var[t].sqrt() * noise[..., self.denoise_steps - t, :]
         return x.clamp(low, high)
 
 

@@ -103,7 +103,7 @@ class Rng:
             )
         self.seeds = seeds
         self._step = step
-        self.stream = int(stream)
+        self.stream: int | Tensor = int(stream)  # a tensor [K, 1] in RowRng
         self.substep = substep
         self.site = 0
 
@@ -115,7 +115,7 @@ class Rng:
             ValueError: if a seed is outside [0, 2**32), so that two seeds could share numbers.
         """
         seeds = torch.as_tensor(seeds, dtype=torch.int64)
-        if seeds.numel() and not (0 <= int(seeds.min()) and int(seeds.max()) <= _WORD):
+        if seeds.numel() and not (int(seeds.min()) >= 0 and int(seeds.max()) <= _WORD):
             raise ValueError(f"seeds {seeds.tolist()} are not all in [0, 2**32); choose others")
         return cls(seeds, torch.full_like(seeds, step), stream)
 
@@ -174,3 +174,59 @@ class Rng:
             raise ValueError(f"high is {high}; expected an int in [1, 2**31]")
         first, second = self.words(math.prod(shape))
         return ((first * high + ((second * high) >> 32)) >> 32).view(-1, *shape)
+
+
+class RowRng:
+    """Random numbers for N rows per seed, each with its own episode and environment step.
+
+    What a policy is given while it is evaluated: a draw is a function of (seed, step, episode,
+    environment step, site), not of the row the episode sits in, nor of how many others are
+    played beside it. Implements `algorithms.api.Rng` for draws whose shape is led by N.
+
+    Args:
+        seeds, step: int64 [K].
+        episode: int64 [K, N], each in [0, 2**24 - 1).
+        substep: int64 [K, N], environment steps done in the episode.
+    """
+
+    def __init__(
+        self, seeds: Tensor, step: Tensor, stream: Stream, episode: Tensor, substep: Tensor
+    ) -> None:
+        self._step = step
+        self.num_rows = episode.shape[1]
+        self._rows = Rng(
+            seeds.repeat_interleave(self.num_rows),
+            step.repeat_interleave(self.num_rows),
+            stream,
+            substep.flatten(),
+        )
+        # The key's second word has 32 bits: the stream in the low 8, episode + 1 above them.
+        self._rows.stream = (int(stream) + ((episode.flatten() + 1) << 8))[:, None]
+
+    @property
+    def step(self) -> Tensor:
+        """Gradient steps done before this one, int64 [K]."""
+        return self._step
+
+    def uniform(self, *shape: int) -> Tensor:
+        """As `Rng.uniform`: [K, N, ...] for a shape (N, ...)."""
+        return self._led(self._rows.uniform(*self._rest(shape)))
+
+    def normal(self, *shape: int) -> Tensor:
+        """As `Rng.normal`: [K, N, ...] for a shape (N, ...)."""
+        return self._led(self._rows.normal(*self._rest(shape)))
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """As `Rng.integers`: [K, N, ...] for a shape (N, ...)."""
+        return self._led(self._rows.integers(high, *self._rest(shape)))
+
+    def _rest(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if not shape or shape[0] != self.num_rows:
+            raise ValueError(
+                f"a policy drew numbers of shape {shape}; while acting every draw must be led by "
+                f"the N = {self.num_rows} rows of its observations"
+            )
+        return shape[1:]
+
+    def _led(self, values: Tensor) -> Tensor:
+        return values.view(-1, self.num_rows, *values.shape[1:])
