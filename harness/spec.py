@@ -70,7 +70,7 @@ _TOP_KEYS = (
 )
 _BLOCK_KEYS = ("algorithm", "config", "data", "steps")
 _CASE_KEYS = ("algorithm", "dataset", "config", "data", "steps", "evaluation")
-_PROTOCOL_KEYS = ("every", "episodes", "num_envs", "first_env_seed")
+_PROTOCOL_KEYS = ("every", "episodes", "first_env_seed")
 
 
 class SpecError(FieldError):
@@ -123,20 +123,18 @@ class EvaluationSpec:
     Attributes:
         every: gradient steps between evaluations; the last step is always evaluated.
         episodes: per evaluation; episode e always starts from env seed `first_env_seed + e`.
-        num_envs: environments stepped at once per seed.
         environment: what `EnvironmentSpec.describe()` says; filled at resolution.
         simulator: such as "mujoco 3.11.0"; filled at resolution.
     """
 
     every: int = 5000
     episodes: int = 10
-    num_envs: int = 16
     first_env_seed: int = 0
     environment: Mapping[str, Any] = field(default_factory=dict)
     simulator: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("every", "episodes", "num_envs"):
+        for name in ("every", "episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.first_env_seed < 2**31:
@@ -204,6 +202,7 @@ class RunOptions:
         checkpoint_every: gradient steps between checkpoints.
         max_failures: how often a crashed stack is retried within one sweep.
         max_concurrent: most stacks at once; 0 is as many as fit.
+        max_envs: most environments stepped at once per seed; returns do not depend on it.
     """
 
     device: str = "auto"
@@ -215,6 +214,7 @@ class RunOptions:
     checkpoint_every: int = 5000
     max_failures: int = 3
     max_concurrent: int = 0
+    max_envs: int = 32
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -223,6 +223,7 @@ class RunOptions:
             ("checkpoint_every", 1),
             ("max_failures", 0),
             ("max_concurrent", 0),
+            ("max_envs", 1),
             ("gpus_per_stack", 0),
         ):
             if getattr(self, name) < least:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from harness import datasets, environments
 from harness.artifacts import ArtifactStore
 from harness.display import Display
 from harness.home import Home
@@ -23,6 +24,7 @@ from harness.provenance import utc_now
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
 from harness.spool import Spool, read
+from harness.typed import content_hash
 from harness.worker import Job, Progress
 from results.records import RunRecord
 from results.store import Store
@@ -191,6 +193,7 @@ def run_sweep(
     given_up: dict[str, str] = {}
     blocked: dict[str, str] = {}
     plan = plan_sweep(experiment, store, home, registry, retry)
+    preflight(plan)
     attempts = prepare_attempts(experiment.trials, store, home, plan, retry)
     try:
         while True:
@@ -234,6 +237,31 @@ def run_sweep(
         Ingester(store, home).leftovers()
     seconds = time.monotonic() - started
     return _summary(experiment, store, trained, seconds, interrupted, blocked)
+
+
+def preflight(plan: Plan) -> None:
+    """Fails now for what would make every worker fail later: data and environments.
+
+    Each dataset of the plan is loaded with its transforms, and its evaluation environment is
+    built and reset once.
+
+    Raises:
+        DatasetError: naming the dataset and what to do.
+    """
+    checked = set()
+    for stack in plan.stacks:
+        stage = stack.stages[0]
+        key = (stage.dataset_id, content_hash(dict(stage.data)))
+        if key in checked:
+            continue
+        checked.add(key)
+        spec = datasets.load(stage.dataset_id, datasets.DataSpec(**stage.data)).spec
+        env = environments.evaluation_environment(stage.dataset_id).make()
+        try:
+            environments.check_fit(env, spec)
+            env.reset(seed=0)
+        finally:
+            env.close()
 
 
 def prepare_attempts(

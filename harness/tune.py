@@ -26,16 +26,21 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours finishes the chunk first
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the old reporter is silent at verbose=0; the new is not
+# With a searcher Tune would start one worker at a time; each takes seconds to import torch.
+os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "16")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
 import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from harness.datasets import DatasetError
 from harness.spec import RunOptions
 from harness.worker import Job, Progress, run_stack
 
 REPORT_EVERY_S = 0.5
+NOT_RETRIED = (ValueError, TypeError, LookupError, AttributeError, ImportError, DatasetError)
+"""Errors of data, configuration or code, which a second try would meet again."""
 
 
 class WorkQueue(Protocol):
@@ -52,7 +57,7 @@ class WorkQueue(Protocol):
     def completed(self, job: Job, outcome: str) -> None: ...
 
     def failed(self, job: Job, error: str) -> None:
-        """The stack crashed more often than `run.max_failures` allows."""
+        """The stack failed for good: an error that would recur, or too many crashes."""
 
 
 class _Unsaved:
@@ -143,7 +148,12 @@ def _train_stack(config: dict[str, Any]) -> None:
         last[:] = [now, progress.phase]
         tune.report({"progress": vars(progress), "outcome": progress.phase})
 
-    outcome = run_stack(config["job"], report)
+    try:
+        outcome = run_stack(config["job"], report)
+    except NOT_RETRIED as error:
+        # Tune would run into the same error again, `max_failures` times.
+        tune.report({"outcome": "failed", "error": f"{type(error).__name__}: {error}"})
+        return
     tune.report({"outcome": outcome})
 
 

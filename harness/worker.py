@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from algorithms.api import Make, Recipe, StageInput, Train
+from algorithms.api import DatasetSpec, Make, Recipe, StageInput, Train
 from algorithms.blocks.rng import Rng, Stream
 from harness import datasets, environments, provenance
 from harness.artifacts import ArtifactStore
@@ -99,6 +99,8 @@ def run_stack(
         Exception: whatever the algorithm or an environment raises, after the affected runs have
             been spooled as failed with the traceback.
     """
+    if _should_stop(job):
+        return "interrupted"  # it was waiting for resources when the user stopped the sweep
     registry = registry or Registry()
     with ExitStack() as locks:
         for stage in job.stack.stages:
@@ -114,6 +116,10 @@ def run_stack(
             if outcomes[-1] == "interrupted":
                 return "interrupted"
     return "diverged" if outcomes and set(outcomes) == {"diverged"} else "done"
+
+
+def _should_stop(job: Job) -> bool:
+    return job.stop_file is not None and job.stop_file.exists()
 
 
 def _parts(job: Job) -> Iterator[tuple[tuple[Stage, ...], int, bool]]:
@@ -389,7 +395,7 @@ class _TrainingRun:
         learner.to(self.device)
         trainer = Trainer(learner, dataset, seeds, self.device, self.compiled)
         self._restore(trainer)
-        evaluations = self._evaluations()
+        evaluations = self._evaluations(dataset.spec)
         self.timings["load"] += time.perf_counter() - started
         try:
             if self.trained:
@@ -414,14 +420,14 @@ class _TrainingRun:
             return
         trainer.load_seed_states(states)
 
-    def _evaluations(self) -> list[_Evaluation]:
+    def _evaluations(self, dataset: DatasetSpec) -> list[_Evaluation]:
         """One evaluation for each protocol that the stack's trials ask for."""
         protocols: list[EvaluationSpec] = []
         for stage in self.stages:
             for trial in stage.trials:
                 if trial.evaluation not in protocols:
                     protocols.append(trial.evaluation)
-        return [_Evaluation(protocol, self.stages) for protocol in protocols]
+        return [_Evaluation(p, dataset, self.stages, self.job.run.max_envs) for p in protocols]
 
     def _train(self, trainer: Trainer, evaluations: list[_Evaluation]) -> str:
         steps, run = self.declared.steps, self.job.run
@@ -447,7 +453,7 @@ class _TrainingRun:
                 if target == steps or (evaluation.every and target % evaluation.every == 0):
                     self.report(self._progress(trainer, rate, "evaluate"))
                     self._evaluate(trainer, evaluation)
-            stopping = self.job.stop_file is not None and self.job.stop_file.exists()
+            stopping = _should_stop(self.job)
             if target < steps and (stopping or target % run.checkpoint_every == 0):
                 self._checkpoint(trainer)
             if target < steps and stopping:
@@ -536,7 +542,13 @@ class _TrainingRun:
 class _Evaluation:
     """One evaluation protocol and its environments, kept between evaluations."""
 
-    def __init__(self, protocol: EvaluationSpec, stages: tuple[Stage, ...]) -> None:
+    def __init__(
+        self,
+        protocol: EvaluationSpec,
+        dataset: DatasetSpec,
+        stages: tuple[Stage, ...],
+        max_envs: int,
+    ) -> None:
         self.protocol = protocol
         self.every = protocol.every
         spec = environments.evaluation_environment(stages[0].dataset_id)
@@ -547,8 +559,9 @@ class _Evaluation:
                 "planned version here, or plan again"
             )
         self.evaluator = Evaluator(
-            spec.make, len(stages), protocol.episodes, protocol.num_envs, protocol.first_env_seed
+            spec.make, len(stages), protocol.episodes, max_envs, protocol.first_env_seed
         )
+        environments.check_fit(self.evaluator.slots[0][0].env, dataset)
 
     def close(self) -> None:
         self.evaluator.close()

@@ -43,6 +43,13 @@ def job_of(spec: Path, home: Home, overrides=(), **changes) -> Job:
     return Job(stack, experiment.run, home, {}, **changes)
 
 
+def stop_after_a_chunk(spec: Path, home: Home, stop: Path) -> Job:
+    """Runs a stack that is asked to stop during its first chunk."""
+    job = job_of(spec, home, stop_file=stop)
+    assert run_stack(job, lambda progress: stop.touch()) == "interrupted"
+    return job
+
+
 def last_status(home: Home, stage) -> str:
     records = [r for r in read(home.spool(stage.id)) if isinstance(r, RunRecord)]
     return records[-1].status
@@ -75,10 +82,7 @@ def test_a_stopped_stack_continues_to_the_same_rows(spec, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert inline.sweep(spec, whole).ok
     home = Home.find(parts)
-    stop = tmp_path / "stop"
-    stop.touch()
-    job = job_of(spec, home, stop_file=stop)
-    assert run_stack(job, lambda progress: None) == "interrupted"
+    job = stop_after_a_chunk(spec, home, tmp_path / "stop")
     assert {last_status(home, stage) for stage in job.stack.stages} == {"interrupted"}
     assert inline.sweep(spec, parts).ok
     assert inline.rows(parts) == inline.rows(whole)
@@ -190,9 +194,7 @@ def test_another_simulator_version_is_refused(spec, tmp_path, monkeypatch):
 def test_a_damaged_checkpoint_is_an_error_that_names_the_file(spec, tmp_path):
     home = Home.find(tmp_path / "home")
     stop = tmp_path / "stop"
-    stop.touch()
-    job = job_of(spec, home, stop_file=stop)
-    run_stack(job, lambda progress: None)
+    job = stop_after_a_chunk(spec, home, stop)
     stop.unlink()
     (file,) = home.checkpoints(job.stack.stages[0].id).glob("*/state.safetensors")
     content = bytearray(file.read_bytes())
@@ -219,3 +221,10 @@ def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path):
     assert "train" not in phases
     assert inline.sweep(spec, home_path).trained == 0
     assert inline.rows(home_path) == inline.rows(whole)
+
+
+def test_a_stack_that_waited_until_the_sweep_was_stopped_does_not_start(spec, tmp_path):
+    home, stop = Home.find(tmp_path / "home"), tmp_path / "stop"
+    stop.touch()
+    assert run_stack(job_of(spec, home, stop_file=stop), lambda progress: None) == "interrupted"
+    assert not home.work.exists()
