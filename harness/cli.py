@@ -125,7 +125,8 @@ def _sweep(
     found, store = _open(home, db)
     retry = ("failed", "diverged") if retry_diverged else ("failed",)
     with store:
-        plan = plan_sweep(experiment, store, found, retry=retry).describe(measured_rates(store))
+        planned = plan_sweep(experiment, store, found, retry=retry, dry_run=dry_run)
+        plan = planned.describe(measured_rates(store))
         if dry_run:
             _print_plan(plan, as_json)
             return
@@ -180,11 +181,8 @@ def _print_summary(summary: Any, url: str) -> None:
     console.print(f"{counts} ({what} in {summary.seconds:.0f} s)", highlight=False)
     for trial_id, error in sorted(summary.errors.items()):
         if summary.statuses[trial_id] != "done":
-            last = error.strip().splitlines()[-1]
-            console.print(
-                f"  {trial_id[:12]} [red]{summary.statuses[trial_id]}[/red]: {last}",
-                highlight=False,
-            )
+            status = f"[red]{summary.statuses[trial_id]}[/red]"
+            console.print(f"  {trial_id[:12]} {status}: {_last_line(error)}", highlight=False)
     console.print(f"database: {url}", highlight=False, soft_wrap=True)
     commit, dirty = git_state()
     if dirty:
@@ -194,6 +192,14 @@ def _print_summary(summary: Any, url: str) -> None:
         )
     if summary.interrupted:
         console.print("interrupted; the same command continues from the last checkpoints")
+
+
+def _last_line(error: str | None) -> str:
+    """The line of a traceback that says what happened."""
+    from rich.markup import escape
+
+    lines = (error or "").strip().splitlines()
+    return escape(lines[-1]) if lines else "no reason was recorded"
 
 
 @app.command()
@@ -226,17 +232,17 @@ def status(
         ]
         print(json.dumps({"cells": listed, "not_planned_yet": never_seen, "errors": failures}))
         return
-    columns = ("done", "running", "interrupted", "failed", "diverged", "pending")
+    known = ("done", "running", "interrupted", "failed", "diverged", "pending")
+    columns = [name for name in known if any(count[name] for count in rows.values())]
     table = Table("method", "dataset", "variant", "steps", *columns)
+    table.columns[1].overflow = "fold"
     for key, count in sorted(rows.items()):
         table.add_row(*key, str(steps[key]), *(str(count[c] or "") for c in columns))
     console.print(table)
     if never_seen:
         console.print(f"{never_seen} trials of the spec were never started")
     for trial_id, error in sorted(failures.items()):
-        console.print(
-            f"{trial_id[:12]}: {(error or '').strip().splitlines()[-1:]}", highlight=False
-        )
+        console.print(f"{trial_id[:12]}: {_last_line(error)}", highlight=False)
 
 
 # ------------------------------------------------------------------------------------ analysis

@@ -157,10 +157,16 @@ def plan_sweep(
     home: Home,
     registry: Registry | None = None,
     retry: tuple[str, ...] = ("failed",),
+    dry_run: bool = False,
 ) -> Plan:
-    """What is left to do, after taking in what earlier drivers left unread."""
+    """What is left to do, after taking in what earlier drivers left unread.
+
+    Args:
+        dry_run: do not put the trials into the database.
+    """
     ingester = Ingester(store, home)
-    ingester.register(experiment.trials)
+    if not dry_run:
+        ingester.register(experiment.trials)
     ingester.leftovers()
     return make_plan(
         experiment, store, ArtifactStore(home.artifacts), home.work, registry, retry=retry

@@ -1,0 +1,139 @@
+"""The command line: exit codes, messages and JSON, in processes of their own where it matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from harness import cli
+from tests import inline
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SPEC = """
+name: tiny
+algorithms: {bc: {config: {hidden_dim: 8, batch_size: 8}}}
+datasets: [generated/bandit2d-v0]
+seeds: 0-2
+steps: 20
+evaluation: {every: 10, episodes: 4}
+run: {log_every: 5, compile: "off", device: cpu}
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path, bandit: str) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    """A command in a process of its own, as a user's shell runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "harness.cli", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "200"},
+        check=False,
+    )
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    """A command in this process: exit code, standard output, standard error."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        return cli.exit_code(result.exception), result.stdout, str(result.exception)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_mistake_is_one_line_with_the_nearest_name_and_exit_code_2(spec):
+    done = run("sweep", spec, "stepz=5")
+    assert done.returncode == cli.USAGE
+    assert "Did you mean 'steps'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_unknown_options_and_missing_specs_are_usage_errors(spec, tmp_path):
+    assert run("sweep", spec, "--dry").returncode == cli.USAGE
+    done = run("sweep", tmp_path / "absent.yaml")
+    assert done.returncode == cli.USAGE
+    assert "absent.yaml" in done.stderr
+
+
+def test_a_database_that_cannot_be_opened_is_an_environment_error(spec, tmp_path):
+    not_a_database = tmp_path / "text.db"
+    not_a_database.write_text("this is not a database, and it is long enough to look like one" * 20)
+    done = run("sweep", spec, "--dry-run", "--db", f"sqlite:///{not_a_database}")
+    assert done.returncode == cli.ENVIRONMENT
+    assert "text.db" in done.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_no_trial(spec):
+    code, out, _ = invoke("sweep", spec, "--dry-run", "--json")
+    assert code == cli.OK
+    plan = json.loads(out)
+    assert plan["counts"]["trials"] == 3
+    assert [stack["seeds"] for stack in plan["stacks"]] == [[0, 1, 2]]
+    code, out, _ = invoke("status", "--json")
+    assert json.loads(out)["cells"] == []
+
+
+def test_status_and_leaderboard_read_what_a_sweep_left(spec, tmp_path):
+    inline.sweep(spec, Path(os.environ["HARNESS_HOME"]))
+    code, out, _ = invoke("status", spec, "--json")
+    assert code == cli.OK
+    (cell,) = json.loads(out)["cells"]
+    assert (cell["label"], cell["done"], cell["steps"]) == ("bc", 3, 20)
+    code, first, _ = invoke("leaderboard", spec, "--format", "json")
+    assert code == cli.OK
+    assert json.loads(first)
+    assert invoke("leaderboard", spec, "--format", "json")[1] == first
+    code, out, _ = invoke("figures", spec, "--out", tmp_path / "figures")
+    assert code == cli.OK
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} >= {".pdf", ".png"}
+
+
+def test_a_sweep_that_needs_nothing_does_not_start_ray(spec):
+    inline.sweep(spec, Path(os.environ["HARNESS_HOME"]))
+    done = run("sweep", spec, "--json")
+    assert done.returncode == cli.OK, done.stderr
+    assert json.loads(done.stdout)["counts"] == {"done": 3}
+
+
+def test_algorithms_are_listed_with_their_config():
+    code, out, _ = invoke("algorithms", "--json")
+    assert code == cli.OK
+    assert {"bc", "diffusion_ql"} <= {item["name"] for item in json.loads(out)}
+    code, out, _ = invoke("algorithms", "diffusion_ql", "--json")
+    assert json.loads(out)["config"]["denoise_steps"] == 5
+    code, _, error = invoke("algorithms", "difusion_ql")
+    assert code == cli.USAGE
+    assert "diffusion_ql" in error
+
+
+@pytest.mark.slow
+def test_the_doctor_finds_this_environment_fit():
+    done = run("doctor", "--json")
+    checks = {item["name"]: item for item in json.loads(done.stdout)}
+    assert done.returncode == cli.OK, done.stdout
+    assert checks["Ray"]["state"] == "ok"
+    assert checks["MuJoCo"]["state"] == "ok"
+
+
+@pytest.mark.slow
+def test_a_sweep_through_ray_ends_in_the_database(spec, tmp_path):
+    """The same trials through Ray Tune and in this process give the same rows."""
+    done = run("sweep", spec, "--home", tmp_path / "ray", "run.max_stack=1")
+    assert done.returncode == cli.OK, done.stdout + done.stderr
+    inline.sweep(spec, tmp_path / "inline")
+    assert inline.rows(tmp_path / "ray") == inline.rows(tmp_path / "inline")
