@@ -37,12 +37,12 @@ class Config:
     """Defaults: CORL's BC, the same for all of its datasets."""
 
     steps: int = 1_000_000  # gradient steps
-    batch_size: int = 256
+    batch_size: int = 256  # CORL
     lr: float = 3e-4  # Adam
     hidden_dim: int = 256  # width of the 2 hidden layers
     head: str = "deterministic"  # deterministic (tanh, squared error) | gaussian (likelihood)
     sample_actions: bool = False  # gaussian only: act by a sample instead of the mean
-    normalize_obs: bool = True  # (s - mean) / (std + 1e-3), statistics of the dataset
+    normalize_obs: bool = True  # act on (s - mean) / (std + 1e-3), statistics of the dataset
 
     def __post_init__(self) -> None:
         if self.head not in ("deterministic", "gaussian"):

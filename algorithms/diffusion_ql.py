@@ -70,7 +70,7 @@ class Config:
     q_coef: float = 1.0  # eta; paper's Table 3
     q_normalizer: str = "other_critic"  # other_critic (code) | dataset (paper)
     max_q_backup: bool = False  # next value: best of `backup_actions` (antmaze but umaze)
-    backup_actions: int = 10
+    backup_actions: int = 10  # actions drawn per next observation under `max_q_backup`
     denoise_steps: int = 5  # T
     schedule: str = "vp"  # vp | linear | cosine
     hidden_dim: int = 256  # width of the 3 hidden layers of actor and critics

@@ -53,7 +53,8 @@ def per_seed(values: Tensor, like: Tensor) -> Tensor:
 def global_norm(grads: Mapping[str, Tensor]) -> Tensor:
     """L2 norm of all of a seed's gradients together, [K]."""
     squares = [grad.flatten(1).square().sum(dim=1) for grad in grads.values()]
-    return torch.stack(squares).sum(dim=0).sqrt()
+    # One by one: a reduction over the list would add in an order that depends on K.
+    return sum(squares[1:], start=squares[0]).sqrt()
 
 
 def cosine_decay(step: Tensor, total_steps: float) -> Tensor:

@@ -148,7 +148,7 @@ class Rng:
     def uniform(self, *shape: int) -> Tensor:
         """Float32 [K, *shape] in [0, 1): multiples of 2**-24, all equally likely."""
         first, _ = self.words(math.prod(shape))
-        return ((first >> 8).float() * 2.0**-24).view(-1, *shape)
+        return ((first >> 8).float() * 2.0**-24).view(self.num_seeds, *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal float32 [K, *shape] by Box-Muller; at most 6.66 in absolute value.
@@ -159,7 +159,7 @@ class Rng:
         first, second = self.words(math.prod(shape))
         radius = torch.sqrt(-2.0 * torch.log((first + 1).float() * 2.0**-32))
         angle = (second >> 8).float() * (2.0**-24 * 2.0 * math.pi)
-        return (radius * torch.cos(angle)).view(-1, *shape)
+        return (radius * torch.cos(angle)).view(self.num_seeds, *shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Int64 [K, *shape] in [0, high).
@@ -173,7 +173,7 @@ class Rng:
         if not 1 <= high <= 2**31:
             raise ValueError(f"high is {high}; expected an int in [1, 2**31]")
         first, second = self.words(math.prod(shape))
-        return ((first * high + ((second * high) >> 32)) >> 32).view(-1, *shape)
+        return ((first * high + ((second * high) >> 32)) >> 32).view(self.num_seeds, *shape)
 
 
 class RowRng:

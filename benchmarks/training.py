@@ -1,0 +1,151 @@
+"""Training speed: seeds x gradient steps per second of Diffusion-QL, by size of the stack.
+
+    python benchmarks/training.py [--quick] [--device cpu] [--algorithm diffusion_ql] [--tf32]
+
+Published size (3 x 256, 5 denoising steps, batch 256) on data of Hopper's shape (11 observations,
+3 actions). For each stack size K it times the same steps eager and compiled, one after the other; the
+ratio to K = 1 of the same mode is what to read. Memory is the peak while stepping less what was
+held before the learner was built, divided by K: of the allocator on a GPU; on a CPU of the process,
+so every row runs in a process of its own (code generation counts there when compiled).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from algorithms import bc, diffusion_ql
+from algorithms.api import Batch
+from algorithms.blocks.rng import Rng, Stream
+from algorithms.testing import COLUMNS, TinyDataset
+
+RECIPES = {"bc": bc.recipe, "diffusion_ql": diffusion_ql.recipe}
+
+
+class DeviceDataset(TinyDataset):
+    """TinyDataset with its columns on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(obs_dim=11, action_dim=3, num_episodes=100, episode_length=1000)
+        for name in COLUMNS:
+            setattr(self, name, getattr(self, name).to(device))
+
+    def transitions(self, rng: Rng, batch_size: int) -> Batch:
+        return self._rows(rng.integers(self.spec.num_steps, batch_size))
+
+
+@dataclass(frozen=True)
+class Row:
+    seeds: int
+    mode: str
+    first_call_s: float
+    ms_per_step: float
+    mib_per_seed: float
+
+    @property
+    def seed_steps_per_s(self) -> float:
+        return 1e3 * self.seeds / self.ms_per_step
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def memory(device: torch.device) -> int:
+    """Peak so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
+
+
+def measure(
+    algorithm: str, seeds: int, mode: str, device_name: str, threads: int, tf32: bool, budget: float
+) -> Row:
+    """Times steps for about `budget` seconds after two that are not counted."""
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    device = torch.device(device_name)
+    dataset = DeviceDataset(device)
+    before = memory(device)
+    recipe = RECIPES[algorithm]
+    stage = recipe.stages(recipe.config())[0]
+    learner = stage.learner(stage.config, dataset.spec, range(seeds)).to(device)
+    seed_tensor = torch.arange(seeds, device=device)
+    step_tensor = torch.zeros_like(seed_tensor)
+
+    def step(step_number: torch.Tensor) -> dict[str, torch.Tensor]:
+        rng = Rng(seed_tensor, step_number, Stream.TRAIN)
+        return learner.update(learner.sample(dataset, rng), rng)
+
+    run = torch.compile(step, fullgraph=True, dynamic=False) if mode == "compiled" else step
+    with torch.no_grad():
+        start = time.perf_counter()
+        run(step_tensor)
+        synchronize(device)
+        first_call = time.perf_counter() - start
+        step_tensor = step_tensor + 1
+        run(step_tensor)
+        synchronize(device)
+        count, start = 0, time.perf_counter()
+        while count < 3 or time.perf_counter() - start < budget:
+            step_tensor = step_tensor + 1
+            run(step_tensor)
+            count += 1
+            if count % 10 == 0 or device.type == "cpu":
+                synchronize(device)
+        synchronize(device)
+        elapsed = time.perf_counter() - start
+    grown = (memory(device) - before) / 2**20 / seeds
+    return Row(seeds, mode, first_call, 1e3 * elapsed / count, grown)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="K = 1 and 4, eager only, 2 s each")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--algorithm", default="diffusion_ql", choices=sorted(RECIPES))
+    parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
+    parser.add_argument("--tf32", action="store_true", help="TensorFloat-32 products on a GPU")
+    arguments = parser.parse_args()
+    stacks, modes, budget = (1, 2, 4, 8, 16), ("eager", "compiled"), 10.0
+    if arguments.quick:
+        stacks, modes, budget = (1, 4), ("eager",), 2.0
+    print(
+        f"{arguments.algorithm}, published size, torch {torch.__version__}, {arguments.device}, "
+        f"{arguments.threads} thread(s), tf32 {'on' if arguments.tf32 else 'off'}"
+    )
+    print(f"{'seeds':>5} {'mode':>9} {'first s':>8} {'ms/step':>8} {'seeds x steps/s':>16}", end="")
+    print(f" {'vs K=1':>7} {'MiB/seed':>9}")
+    context = multiprocessing.get_context("spawn")
+    for mode in modes:
+        single = None
+        for seeds in stacks:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                row = pool.submit(
+                    measure,
+                    arguments.algorithm,
+                    seeds,
+                    mode,
+                    arguments.device,
+                    arguments.threads,
+                    arguments.tf32,
+                    budget,
+                ).result()
+            single = single or row
+            print(
+                f"{row.seeds:>5} {row.mode:>9} {row.first_call_s:>8.1f} {row.ms_per_step:>8.1f} "
+                f"{row.seed_steps_per_s:>16.1f} "
+                f"{row.seed_steps_per_s / single.seed_steps_per_s:>6.2f}x {row.mib_per_seed:>9.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""First losses of a tiny fixed trial per algorithm and revision.
+
+A change here is a change of numbers: bump the recipe's `revision`, run
+`python tests/test_golden.py`, and explain in the commit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from algorithms import bc, diffusion_ql
+from algorithms.blocks.rng import Rng, Stream
+from algorithms.testing import Case, TinyDataset
+
+FOLDER = Path(__file__).parent / "golden"
+STEPS = 20
+SMALL = diffusion_ql.Config(hidden_dim=32, batch_size=32, clip_norm=1.0, ema_start=10)
+TRIALS = {
+    "bc": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32)),
+    "bc_gaussian": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32, head="gaussian")),
+    "diffusion_ql": (diffusion_ql.recipe, SMALL),
+    "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL, bc_only=True)),
+    "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
+}
+
+
+def trial(name: str) -> dict:
+    recipe, config = TRIALS[name]
+    case = Case(recipe.stages(config)[0], TinyDataset(), seeds=(0,), steps=STEPS)
+    learner = case.build()
+    history = case.train(learner)
+    rng = Rng.at_step((0,), STEPS, Stream.EVALUATION)
+    with torch.no_grad():
+        action = learner.act(torch.linspace(-1, 1, 24).view(1, 8, 3), rng)
+    return {
+        "revision": recipe.revision,
+        "metrics": {key: [m[key].item() for m in history] for key in history[0]},
+        "action": action.flatten().tolist(),
+    }
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_numbers_of_this_revision_have_not_changed(name):
+    golden = json.loads((FOLDER / f"{name}.json").read_text())
+    found = trial(name)
+    assert found["revision"] == golden["revision"], "regenerate: python tests/test_golden.py"
+    assert found["metrics"].keys() == golden["metrics"].keys()
+    for key, values in golden["metrics"].items():
+        # Kernels differ between processors in the last digits; a change of method does not.
+        assert found["metrics"][key] == pytest.approx(values, rel=1e-3, abs=1e-5), key
+    assert found["action"] == pytest.approx(golden["action"], abs=1e-3)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for trial_name in TRIALS:
+        path = FOLDER / f"{trial_name}.json"
+        path.write_text(json.dumps(trial(trial_name), indent=1) + "\n")
+        print(path)

@@ -1,0 +1,123 @@
+"""The published settings: every row is reachable, every key exists, the table is the table."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import yaml
+
+from algorithms import bc, diffusion_ql
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECIPES = [bc.recipe, diffusion_ql.recipe]
+MINARI = [
+    *(f"D4RL/antmaze/{m}-v1" for m in ("umaze", "umaze-diverse", "medium-play", "medium-diverse")),
+    *(f"D4RL/antmaze/large-{m}-v1" for m in ("play", "diverse")),
+    *(f"D4RL/{h}/{m}-v2" for h in ("pen", "door") for m in ("human", "cloned", "expert")),
+    *(f"D4RL/kitchen/{m}-v2" for m in ("complete", "partial", "mixed")),
+    *(f"D4RL/pointmaze/{m}-v2" for m in ("open", "umaze", "medium", "large")),
+    *(f"mujoco/{e}/{m}-v0" for e in ("hopper", "walker2d") for m in ("simple", "medium", "expert")),
+    *(f"surrogate/hopper/{m}-v0" for m in ("medium", "medium-replay")),
+    "generated/pointmaze/umaze-v0",
+    "generated/bandit2d-v0",
+]
+
+# name: lr, q_coef, max_q_backup, reward, thousands of steps, clip_norm. Typed from the reference
+# independently of the YAML file.
+TABLE = """
+halfcheetah-medium-v2 3e-4 1 no none 2000 9
+hopper-medium-v2 3e-4 1 no none 2000 9
+walker2d-medium-v2 3e-4 1 no none 2000 1
+halfcheetah-medium-replay-v2 3e-4 1 no none 2000 2
+hopper-medium-replay-v2 3e-4 1 no none 2000 4
+walker2d-medium-replay-v2 3e-4 1 no none 2000 4
+halfcheetah-medium-expert-v2 3e-4 1 no none 2000 7
+hopper-medium-expert-v2 3e-4 1 no none 2000 5
+walker2d-medium-expert-v2 3e-4 1 no none 2000 5
+antmaze-umaze-v0 3e-4 0.5 no cql_antmaze 1000 2
+antmaze-umaze-diverse-v0 3e-4 2 yes cql_antmaze 1000 3
+antmaze-medium-play-v0 1e-3 2 yes cql_antmaze 1000 2
+antmaze-medium-diverse-v0 3e-4 3 yes cql_antmaze 1000 1
+antmaze-large-play-v0 3e-4 4.5 yes cql_antmaze 1000 10
+antmaze-large-diverse-v0 3e-4 3.5 yes cql_antmaze 1000 7
+pen-human-v1 3e-5 0.15 no normalize 1000 7
+pen-cloned-v1 3e-5 0.1 no normalize 1000 8
+kitchen-complete-v0 3e-4 0.005 no none 250 9
+kitchen-partial-v0 3e-4 0.005 no none 1000 10
+kitchen-mixed-v0 3e-4 0.005 no none 1000 10
+"""
+
+
+def known_names() -> list[str]:
+    file = REPOSITORY / "results" / "published" / "d4rl_reference_scores.csv"
+    return [line.split(",")[0] for line in file.read_text().splitlines()[1:]] + MINARI
+
+
+def blocks(recipe) -> list[dict]:
+    content = yaml.safe_load(recipe.hparams.read_text())
+    return [content["default"], *content["datasets"]]
+
+
+def first_match(recipe, name: str) -> dict:
+    for block in blocks(recipe)[1:]:
+        if any(fnmatchcase(name, pattern) for pattern in block["match"]):
+            return block
+    return blocks(recipe)[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_every_block_builds_a_config_and_names_its_source(recipe):
+    types = {f.name: type(f.default) for f in fields(recipe.config)}
+    for block in blocks(recipe):
+        assert set(block) <= {"match", "config", "data", "source"}
+        assert len(block["source"]) > 10
+        recipe.config(**block["config"])
+        for key, value in block["config"].items():
+            assert type(value) is types[key], f"{key}: {value!r} in {block.get('match')}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_every_block_is_the_first_to_match_some_known_name(recipe):
+    names = known_names()
+    for block in blocks(recipe)[1:]:
+        reached = [n for n in names if first_match(recipe, n) == block]
+        assert reached, f"no known dataset reaches {block['match']}"
+
+
+@pytest.mark.parametrize("row", TABLE.strip().splitlines(), ids=lambda r: r.split()[0])
+def test_diffusion_ql_uses_the_published_row(row):
+    name, lr, q_coef, max_q, reward, thousands, clip_norm = row.split()
+    block = first_match(diffusion_ql.recipe, name)
+    config = diffusion_ql.Config(**block["config"])
+    assert config.lr == float(lr)
+    assert config.q_coef == float(q_coef)
+    assert config.max_q_backup == (max_q == "yes")
+    assert config.clip_norm == float(clip_norm)
+    assert config.steps == 1000 * int(thousands)
+    assert block["data"] == ({} if reward == "none" else {"reward": reward})
+
+
+@pytest.mark.parametrize(
+    ("minari", "d4rl"),
+    [
+        ("surrogate/hopper/medium-v0", "hopper-medium-v2"),
+        ("surrogate/hopper/medium-replay-v0", "hopper-medium-replay-v2"),
+        ("D4RL/antmaze/umaze-v1", "antmaze-umaze-v0"),
+        ("D4RL/antmaze/umaze-diverse-v1", "antmaze-umaze-diverse-v0"),
+        ("D4RL/pen/human-v2", "pen-human-v1"),
+        ("D4RL/kitchen/mixed-v2", "kitchen-mixed-v0"),
+    ],
+)
+def test_a_minari_set_uses_the_row_of_its_d4rl_counterpart(minari, d4rl):
+    recipe = diffusion_ql.recipe
+    assert first_match(recipe, minari) == first_match(recipe, d4rl) != blocks(recipe)[0]
+
+
+@pytest.mark.parametrize("name", ["hopper-random-v2", "door-human-v1", "mujoco/hopper/expert-v0"])
+def test_a_dataset_without_published_settings_gets_the_default_and_it_says_so(name):
+    block = first_match(diffusion_ql.recipe, name)
+    assert block == blocks(diffusion_ql.recipe)[0]
+    assert "no published settings" in block["source"]
