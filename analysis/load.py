@@ -1,0 +1,351 @@
+"""From database rows to one score per seed: which rows may be pooled, and which are missing.
+
+Owns normalisation, the choice of an evaluation and the rule that nothing is pooled silently: a
+task is a dataset of one digest in one simulator version, a method is one variant (everything but
+the seed) on each task, and a seed without a finished run is named, never skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from results.schema import canonical_json
+from results.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+LONGEST_SUFFIX = 48
+"""Letters after a label; a longer difference is named by a hash and told in a note."""
+
+
+class MissingScoresError(ValueError):
+    """A matrix was asked for cells that have no score; names them."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What scores may be pooled over seeds: a dataset's content in one simulator version."""
+
+    name: str  # the dataset id, with what distinguishes it where one id stands for several tasks
+    dataset_id: str
+    digest: str
+    simulator: str
+    relation: str
+    ref_min: float | None
+    ref_max: float | None
+    ref_source: str
+
+    @property
+    def normalized(self) -> bool:
+        """Whether returns can be normalised: both references are known."""
+        return self.ref_min is not None and self.ref_max is not None
+
+    def score(self, episode_return: float) -> float:
+        """The normalised score, a fraction; the raw return of a task without references."""
+        if self.ref_min is None or self.ref_max is None:
+            return episode_return
+        return (episode_return - self.ref_min) / (self.ref_max - self.ref_min)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task.
+
+    Attributes:
+        scores: seed -> score of the selected evaluation.
+        missing: seed -> why there is none ("failed", "diverged", "running", "never run", ...).
+        run_ids: the runs behind the scores.
+    """
+
+    scores: Mapping[int, float]
+    missing: Mapping[int, str] = field(default_factory=dict)
+    run_ids: tuple[str, ...] = ()
+    variant_id: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of methods on tasks, with how they were selected.
+
+    Attributes:
+        select: the selection rule that was applied.
+        notes: what a reader has to know, such as rows that could not be pooled.
+    """
+
+    select: str
+    methods: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    cells: Mapping[tuple[str, str], Cell]  # (method, task name)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def uses_test_rollouts(self) -> bool:
+        """Whether the selection itself looked at the returns it reports."""
+        return self.select == "best"
+
+    def gaps(self, method: str, tasks: Iterable[Task]) -> list[str]:
+        """What a method lacks on these tasks, in words; empty if it is complete."""
+        found = []
+        for task in tasks:
+            cell = self.cells.get((method, task.name))
+            if cell is None:
+                found.append(f"{task.name}: never run")
+            elif cell.missing:
+                found.append(f"{task.name}: {missing_text(cell.missing)}")
+        return found
+
+    def matrix(self, method: str, tasks: Iterable[Task] | None = None) -> list[list[float]]:
+        """Scores of a method, one list of seeds for each task.
+
+        Raises:
+            MissingScoresError: naming each cell and seed that has no score.
+        """
+        tasks = list(self.tasks if tasks is None else tasks)
+        gaps = self.gaps(method, tasks)
+        if gaps:
+            raise MissingScoresError(
+                f"{method} lacks scores: {'; '.join(gaps)}. Finish these runs, or leave the task "
+                "or the method out explicitly"
+            )
+        return [
+            [score for _, score in sorted(self.cells[method, task.name].scores.items())]
+            for task in tasks
+        ]
+
+
+def missing_text(missing: Mapping[int, str]) -> str:
+    """Seeds without a score by reason: "seeds 0-2, 5 failed; seed 3 diverged"."""
+    by_reason: dict[str, list[int]] = {}
+    for seed, why in sorted(missing.items()):
+        by_reason.setdefault(why, []).append(seed)
+    parts = []
+    for why, seeds in by_reason.items():
+        runs = [[seeds[0], seeds[0]]]
+        for seed in seeds[1:]:
+            if seed == runs[-1][1] + 1:
+                runs[-1][1] = seed
+            else:
+                runs.append([seed, seed])
+        text = ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in runs)
+        parts.append(f"seed{'s' if len(seeds) > 1 else ''} {text} {why}")
+    return "; ".join(parts)
+
+
+def parse_select(select: str) -> tuple[str, int]:
+    """The kind of a selection rule and its number of evaluations: ("last", 5) for `last-5`.
+
+    Raises:
+        ValueError: if the rule is none of last, last-K, best.
+    """
+    if select == "best":
+        return "best", 1
+    found = re.fullmatch(r"last(?:-([1-9]\d*))?", select)
+    if not found:
+        raise ValueError(
+            f"selection rule {select!r}; expected last, last-K (mean of the last K evaluations, "
+            "such as last-5) or best"
+        )
+    return "last", int(found[1] or 1)
+
+
+def read_tasks(store: Store, trials: pd.DataFrame) -> dict[tuple[str, str, str], Task]:
+    """Tasks of the trials by (dataset id, digest, simulator), with names that tell them apart."""
+    datasets = {(row.dataset_id, row.digest): row for row in _rows(store.datasets())}
+    keys = sorted(set(zip(trials.dataset_id, trials.dataset_digest, trials.simulator, strict=True)))
+    found = {}
+    for dataset_id, digest, simulator in keys:
+        same = [key for key in keys if key[0] == dataset_id]
+        marks = []
+        if len({key[1] for key in same}) > 1:
+            marks.append(f"data {digest[:8]}")
+        if len({key[2] for key in same}) > 1:
+            marks.append(simulator)
+        row = datasets[dataset_id, digest]
+        found[dataset_id, digest, simulator] = Task(
+            name=f"{dataset_id} [{', '.join(marks)}]" if marks else dataset_id,
+            dataset_id=dataset_id,
+            digest=digest,
+            simulator=simulator,
+            relation=row.relation,
+            ref_min=_known(row.ref_min),
+            ref_max=_known(row.ref_max),
+            ref_source=row.ref_source,
+        )
+    return found
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or value != value else float(value)
+
+
+def evaluation_frame(store: Store, trial_ids: Iterable[str] | None = None) -> pd.DataFrame:
+    """One row per trial and evaluation of finished or diverged runs, ready to plot.
+
+    Columns: method, task, seed, step, score (normalised fraction, or raw return), status,
+    trial_id, run_id, variant_id.
+    """
+    ids = None if trial_ids is None else list(trial_ids)
+    trials = store.trials(ids)
+    frame = store.evaluation_means(ids, statuses=("done",))
+    if trials.empty or frame.empty:
+        return frame.assign(method="", task="", seed=0, score=0.0, variant_id="").iloc[:0]
+    tasks = read_tasks(store, trials)
+    names, _ = method_names(trials, tasks)
+    info = trials.set_index("trial_id")
+    frame = frame.join(
+        info[["seed", "variant_id", "dataset_id", "dataset_digest", "simulator"]], on="trial_id"
+    )
+    found = [
+        tasks[key]
+        for key in zip(frame.dataset_id, frame.dataset_digest, frame.simulator, strict=True)
+    ]
+    return frame.assign(
+        method=[names[trial_id] for trial_id in frame.trial_id],
+        task=[task.name for task in found],
+        score=[t.score(value) for t, value in zip(found, frame.mean_return, strict=True)],
+    ).sort_values(["task", "method", "seed", "step"], ignore_index=True)
+
+
+def method_names(
+    trials: pd.DataFrame, tasks: Mapping[tuple[str, str, str], Task]
+) -> tuple[dict[str, str], list[str]]:
+    """Trial id -> name of its method, and notes about labels that stand for several variants.
+
+    A label names a method where it stands for one variant on each task. Where it stands for
+    several (other hyperparameters, steps or evaluation), each becomes a method of its own, named
+    after what differs, so that trials with the same difference meet in one row over all tasks.
+    """
+    variants: dict[str, dict[str, dict[str, dict[str, str]]]] = {}  # label, task, variant
+    task_of = {}
+    for row in _rows(trials):
+        task = tasks[row.dataset_id, row.dataset_digest, row.simulator].name
+        task_of[row.trial_id] = task
+        variants.setdefault(row.label, {}).setdefault(task, {})[row.variant_id] = _settings(row)
+    differing = {label: _differing(by_task.values()) for label, by_task in variants.items()}
+    names: dict[str, str] = {}
+    explained: dict[str, str] = {}
+    split: dict[str, set[str]] = {}
+    for row in _rows(trials):
+        found = variants[row.label][task_of[row.trial_id]]
+        marks = [f"{name}={_settings(row).get(name, '-')}" for name in differing[row.label]]
+        text = ", ".join(marks)
+        if len(text) > LONGEST_SUFFIX:  # a short name, the same on every task, and a note
+            short = hashlib.sha256(text.encode()).hexdigest()[:8]
+            explained[f"{row.label} ({short})"] = text
+            text = short
+        if len({tuple(sorted(one.items())) for one in found.values()}) < len(found):
+            # They differ in nothing that is recorded: an identity made by other code.
+            text = ", ".join(filter(None, (text, row.variant_id[:8])))
+        names[row.trial_id] = f"{row.label} ({text})" if text else row.label
+        split.setdefault(row.label, set()).add(names[row.trial_id])
+    notes = [
+        f"{label} was run with several configurations, each a row of its own: "
+        f"{'; '.join(sorted(found))}. Name a spec to choose one"
+        for label, found in sorted(split.items())
+        if len(found) > 1
+    ]
+    return names, notes + [f"{name} is {text}" for name, text in sorted(explained.items())]
+
+
+def _rows(frame: pd.DataFrame) -> Iterator[Any]:
+    """Rows by column name; pandas' own annotation makes every value a union of a dozen types."""
+    yield from frame.itertuples()
+
+
+def _settings(row: Any) -> dict[str, str]:
+    """All that two trials on one task may differ in besides the seed, flat."""
+    settings = {"algorithm": row.algorithm, "revision": str(row.revision)}
+    for prefix, block in (("", row.config), ("data.", row.data), ("evaluation.", row.evaluation)):
+        for name, value in block.items():
+            settings[prefix + name] = value if isinstance(value, str) else canonical_json(value)
+    return settings
+
+
+def _differing(tasks: Iterable[Mapping[str, Mapping[str, str]]]) -> list[str]:
+    """Settings that differ between the variants on at least one task."""
+    found = set()
+    for variants in tasks:
+        for name in set().union(*variants.values()):
+            if len({variant.get(name) for variant in variants.values()}) > 1:
+                found.add(name)
+    return sorted(found)
+
+
+def load_scores(
+    store: Store, trial_ids: Iterable[str] | None = None, select: str = "last"
+) -> Scores:
+    """One score per method, task and seed.
+
+    Args:
+        trial_ids: the trials to look at, run or not; None for all that ever ran. Ids that the
+            database does not know cannot be named here: `harness sweep --dry-run` lists them.
+        select: `last`, `last-K` (mean of a run's last K evaluations), or `best` (the largest
+            evaluation, which chooses by test rollouts).
+
+    Raises:
+        ValueError: if the rule is unknown.
+    """
+    kind, count = parse_select(select)
+    ids = None if trial_ids is None else list(trial_ids)
+    trials = store.trials(ids)
+    if ids is None:
+        trials = trials[trials.trial_id.isin(store.runs().trial_id)]
+    if trials.empty:
+        return Scores(select, (), (), {}, ("the database has none of these trials",))
+    unknown = 0 if ids is None else len(set(ids)) - len(trials)
+    tasks = read_tasks(store, trials)
+    names, notes = method_names(trials, tasks)
+    if unknown:
+        notes.append(f"{unknown} trials were never planned into this database: not shown")
+    means = store.evaluation_means(list(trials.trial_id), statuses=("done",))
+    curves = dict(iter(means.groupby("trial_id", sort=False)))
+    statuses = store.statuses(list(trials.trial_id))
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    missing: dict[tuple[str, str], dict[int, str]] = {}
+    runs: dict[tuple[str, str], list[str]] = {}
+    variant: dict[tuple[str, str], str] = {}
+    last_step: dict[tuple[str, str], int] = {}
+    for row in _rows(trials):
+        if row.trial_id in curves:
+            task = tasks[row.dataset_id, row.dataset_digest, row.simulator]
+            key = names[row.trial_id], task.name
+            last_step[key] = max(last_step.get(key, 0), curves[row.trial_id].step.max())
+    for row in _rows(trials):
+        task = tasks[row.dataset_id, row.dataset_digest, row.simulator]
+        key = names[row.trial_id], task.name
+        for table in (scores, missing):
+            table.setdefault(key, {})
+        variant[key] = row.variant_id
+        run = statuses.get(row.trial_id)
+        curve = curves.get(row.trial_id)
+        if run is None or run.status != "done" or curve is None:
+            missing[key][row.seed] = run.status if run is not None else "never run"
+            continue
+        returns = curve.sort_values("step").mean_return
+        why = ""
+        if len(returns) < count:
+            why = f"has only {len(returns)} evaluations"
+        elif not all(map(math.isfinite, returns)):
+            why = "has a return that is not finite"
+        elif curve.step.max() < last_step[key]:
+            why = f"was evaluated only up to step {curve.step.max()} of {last_step[key]}"
+        if why:
+            missing[key][row.seed] = why
+            continue
+        chosen = returns.max() if kind == "best" else returns.tail(count).mean()
+        scores[key][row.seed] = task.score(float(chosen))
+        runs.setdefault(key, []).append(run.run_id)
+    cells = {
+        key: Cell(scores[key], missing[key], tuple(runs.get(key, ())), variant[key])
+        for key in scores
+    }
+    ordered = tuple(sorted(tasks.values(), key=lambda task: task.name))
+    methods = tuple(sorted({method for method, _ in cells}))
+    return Scores(select, methods, ordered, cells, tuple(notes))

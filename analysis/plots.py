@@ -1,0 +1,290 @@
+"""Figures: learning curves and aggregate intervals, as PDF and PNG with their sources beside them.
+
+Every figure has a JSON file of the same name: the query, the runs and seeds behind it, and how
+its intervals were made. Files are byte-stable for equal input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.leaderboard import REPS, Leaderboard, build
+from analysis.load import evaluation_frame
+from analysis.stats import METRICS, MIN_SEEDS, curve_interval
+from results.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+CURVE_REPS = 2000
+PANEL_INCHES = (3.6, 2.7)
+COLUMNS = 3
+LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # for print
+
+
+def write_figures(
+    store: Store,
+    out: Path,
+    trial_ids: Iterable[str] | None = None,
+    select: str = "last",
+    seed: int = 0,
+) -> list[Path]:
+    """Paths of the figures drawn from the finished runs of some trials (None: all).
+
+    Args:
+        select: the evaluation that counts in the aggregate figure.
+        seed: of the bootstrap.
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    ids = None if trial_ids is None else list(trial_ids)
+    curves = evaluation_frame(store, ids)
+    if curves.empty:
+        raise ValueError("no finished run to draw; run a sweep first, or check `harness status`")
+    board = build(store, ids, select, seed)
+    written = _save(
+        learning_curves(curves, board, seed),
+        out / "learning_curves",
+        _curve_source(curves, board, seed),
+    )
+    if any(row.estimates for row in board.rows):
+        written += _save(aggregate_intervals(board), out / "aggregates", _board_source(board))
+    return written
+
+
+def palette(methods: Sequence[str]) -> dict[str, Any]:
+    """Method -> colour, distinguishable by colour-blind readers, the same in every figure."""
+    import seaborn as sns
+
+    colours = sns.color_palette("colorblind", max(len(methods), 1))  # cycles after ten
+    return dict(zip(sorted(methods), colours, strict=False))
+
+
+def _style() -> None:
+    import matplotlib as mpl
+    import seaborn as sns
+
+    mpl.use("Agg")
+    sns.set_theme(context="paper", style="ticks", font_scale=0.95)
+    mpl.rcParams |= {
+        "pdf.fonttype": 42,  # editable text, as conferences ask for
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.linewidth": 0.4,
+        "grid.alpha": 0.6,
+        "legend.frameon": False,
+        "svg.hashsalt": "offline-rl-harness",
+    }
+
+
+def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> Figure:
+    """One panel a task, one line a method: mean over seeds and its 95 % bootstrap interval.
+
+    Methods with fewer than three seeds in a task are drawn without an interval, each seed as a
+    thin line.
+    """
+    _style()
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    tasks = {task.name: task for task in board.tasks}
+    names = [name for name in tasks if (frame.task == name).any()]
+    columns = min(COLUMNS, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.7),
+        squeeze=False,
+        layout="constrained",
+    )
+    methods = sorted(frame.method.unique())
+    colours = palette(methods)
+    curves = dict(iter(frame.groupby(["task", "method"])))
+    for axis, name in zip(axes.flat, names, strict=False):
+        scale = 100.0 if tasks[name].normalized else 1.0
+        for place, method in enumerate(methods):
+            if (name, method) in curves:
+                style = {"color": colours[method], "linestyle": LINE_STYLES[place % 5]}
+                _draw_curve(axis, curves[name, method], scale, style, method, seed)
+        axis.set_title(name, fontsize="small")
+        axis.set_xlabel("gradient steps")
+        axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_formatter(FuncFormatter(_step_label))
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    _legend(figure, axes.flat[: len(names)])
+    _caption(figure, _curve_caption(frame, board, width=75 * columns))
+    return figure
+
+
+def _draw_curve(
+    axis: Any, part: pd.DataFrame, scale: float, style: dict[str, Any], label: str, seed: int
+) -> None:
+    # A step that a seed lacks is left out: its mean would be over other seeds than its neighbours'.
+    table = scale * part.pivot(index="seed", columns="step", values="score").dropna(axis=1)
+    if table.columns.empty:
+        return
+    steps, values = table.columns.to_numpy(), table.to_numpy()
+    bounds = curve_interval(values, CURVE_REPS, seed)
+    if bounds is not None:
+        axis.fill_between(steps, *bounds, color=style["color"], alpha=0.18, linewidth=0)
+    elif len(values) > 1:
+        axis.plot(steps, values.T, color=style["color"], linewidth=0.6, alpha=0.5)
+    few = {"marker": "o", "markersize": 3.5} if len(steps) <= 10 else {}
+    axis.plot(steps, values.mean(axis=0), label=label, linewidth=1.5, **style, **few)
+
+
+def _step_label(value: float, position: int) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _legend(figure: Figure, axes: Iterable[Any]) -> None:
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        list(found.values()), list(found), loc="outside upper center", ncols=min(4, len(found))
+    )
+
+
+def _caption(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize="x-small", color="0.35", x=0.01, ha="left")
+
+
+def _curve_caption(frame: pd.DataFrame, board: Leaderboard, width: int) -> str:
+    counts = frame.groupby(["task", "method"]).seed.nunique()
+    seeds = _range(counts.min(), counts.max())
+    evaluation = [line for line in board.caption if line.startswith("Evaluation")]
+    missing = board.incomplete()
+    lines = [
+        f"Mean over {seeds} seeds of each evaluation's mean return; bands: 95 % bootstrap over "
+        f"seeds (none below {MIN_SEEDS}). Every evaluation is drawn; none was selected.",
+        *(f"{line}." for line in evaluation),
+        *([f"Seeds not drawn: {'; '.join(missing[:3])}"] if missing else []),
+    ]
+    if len(missing) > 3:
+        lines[-1] += "; ... (all in the JSON file)"
+    return "\n".join(textwrap.fill(line, width) for line in lines)
+
+
+def aggregate_intervals(board: Leaderboard) -> Figure:
+    """Point and 95 % interval of every aggregate metric, one row a method."""
+    _style()
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in board.rows if row.estimates]
+    colours = palette([row.method for row in board.rows])
+    figure, axes = plt.subplots(
+        1,
+        len(METRICS),
+        figsize=(2.2 * len(METRICS) + 1.0, 0.42 * len(rows) + 1.5),
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, metric in zip(axes, METRICS, strict=True):
+        for place, row in enumerate(reversed(rows)):
+            assert row.estimates is not None  # rows were chosen for having them
+            estimate = row.estimates[metric]
+            colour = colours[row.method]
+            if estimate.low is not None and estimate.high is not None:
+                axis.barh(
+                    place,
+                    100 * (estimate.high - estimate.low),
+                    left=100 * estimate.low,
+                    height=0.55,
+                    color=colour,
+                    alpha=0.45,
+                    linewidth=0,
+                )
+            axis.plot([100 * estimate.value] * 2, [place - 0.3, place + 0.3], color=colour, lw=2)
+        better = "lower is better" if metric == "Optimality gap" else "higher is better"
+        axis.set_title(f"{metric}\n({better})", fontsize="small")
+        axis.set_yticks(range(len(rows)), [row.method for row in reversed(rows)])
+        axis.tick_params(axis="y", length=0)
+        axis.use_sticky_edges = False  # bars would else be cut where they begin
+        axis.margins(x=0.12)
+        axis.grid(visible=False, axis="y")
+    low = min(row.seeds[0] for row in rows if row.seeds)
+    high = max(row.seeds[1] for row in rows if row.seeds)
+    rule = "BEST evaluation of each run (chosen by test rollouts)"
+    if board.scores.select != "best":
+        rule = f"protocol {board.scores.select}"
+    _caption(
+        figure,
+        f"Normalised score x 100 over {len(board.aggregated)} tasks, {_range(low, high)} seeds, "
+        f"{rule}; 95 % stratified bootstrap over seeds.",
+    )
+    return figure
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _curve_source(frame: pd.DataFrame, board: Leaderboard, seed: int) -> dict[str, Any]:
+    lines = []
+    for (task, method), part in frame.groupby(["task", "method"]):
+        lines.append(
+            {
+                "task": task,
+                "method": method,
+                "variant_id": part.variant_id.iloc[0],
+                "seeds": sorted(int(s) for s in part.seed.unique()),
+                "trial_ids": sorted(part.trial_id.unique()),
+                "run_ids": sorted(part.run_id.unique()),
+            }
+        )
+    interval = f"95 % percentile bootstrap over seeds, {CURVE_REPS} resamples, seed {seed}"
+    return {
+        "query": "all evaluations of done runs",
+        "interval": interval,
+        "lines": lines,
+        "not_drawn": board.incomplete(),
+        "protocol": list(board.caption),
+    }
+
+
+def _board_source(board: Leaderboard) -> dict[str, Any]:
+    cells = board.scores.cells
+    return {
+        "query": f"protocol {board.scores.select} of done runs",
+        "interval": f"95 % stratified bootstrap over seeds, {REPS} resamples, seed {board.seed}",
+        "tasks": [task.name for task in board.aggregated],
+        "methods": [
+            {
+                "method": row.method,
+                "run_ids": sorted(
+                    run for task in board.aggregated for run in cells[row.method, task.name].run_ids
+                ),
+            }
+            for row in board.rows
+            if row.estimates
+        ],
+        "left_out": {row.method: list(row.gaps) for row in board.rows if not row.estimates},
+    }
+
+
+def _save(figure: Figure, stem: Path, source: dict[str, Any]) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png", ".json")]
+    figure.savefig(paths[0], metadata={"CreationDate": None})
+    figure.savefig(paths[1], dpi=200, metadata={"Software": None})
+    plt.close(figure)
+    paths[2].write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    return paths

@@ -1,0 +1,133 @@
+"""Aggregates and intervals: closed forms, and rliable's own numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from analysis import stats
+
+RLIABLE = {
+    "IQM": "aggregate_iqm",
+    "Mean": "aggregate_mean",
+    "Median": "aggregate_median",
+    "Optimality gap": "aggregate_optimality_gap",
+}
+
+
+def values(scores, **options) -> dict[str, float]:
+    found = stats.aggregate(scores, **{"reps": 10, **options})
+    return {name: estimate.value for name, estimate in found.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays(
+        np.float64,
+        st.tuples(st.integers(1, 8), st.integers(1, 6)),
+        elements=st.floats(-2, 3, allow_subnormal=False),
+    )
+)
+def test_values_are_rliables_for_equal_numbers_of_seeds(matrix):
+    metrics = pytest.importorskip("rliable.metrics")
+    found = values(list(matrix.T))
+    for name, function in RLIABLE.items():
+        assert found[name] == pytest.approx(getattr(metrics, function)(matrix), abs=1e-12)
+
+
+def test_intervals_are_rliables_within_monte_carlo_error():
+    library = pytest.importorskip("rliable.library")
+    from rliable import metrics
+
+    matrix = np.random.default_rng(5).normal(0.6, 0.25, size=(5, 8))
+    ours = stats.aggregate(list(matrix.T), reps=20_000, seed=1)
+    state = np.random.get_state()  # noqa: NPY002 (rliable draws from the global generator)
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        _, intervals = library.get_interval_estimates(
+            {"m": matrix},
+            lambda m: np.array([getattr(metrics, name)(m) for name in RLIABLE.values()]),
+            reps=2000,
+        )
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    for index, name in enumerate(RLIABLE):
+        low, high = intervals["m"][:, index]
+        # The standard error of a 2.5 % percentile of 2000 draws is about 5 % of the width.
+        tolerance = 0.12 * (high - low)
+        assert ours[name].low == pytest.approx(low, abs=tolerance), name
+        assert ours[name].high == pytest.approx(high, abs=tolerance), name
+
+
+def test_the_interval_of_the_mean_has_its_closed_form():
+    scores = np.random.default_rng(0).normal(size=40)
+    interval = stats.aggregate([scores], reps=40_000)["Mean"]
+    # The bootstrap's mean is nearly normal, with the population standard deviation over sqrt(n).
+    half = scipy.stats.norm.ppf(0.975) * scores.std() / np.sqrt(40)
+    assert interval.low == pytest.approx(scores.mean() - half, abs=0.03 * half * 2)
+    assert interval.high == pytest.approx(scores.mean() + half, abs=0.03 * half * 2)
+
+
+def test_equal_seeds_give_equal_bytes_and_leave_the_global_generator_alone():
+    scores = [[0.1, 0.5, 0.9], [0.2, 0.3, 0.8, 0.4]]
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    assert stats.aggregate(scores, seed=3) == stats.aggregate(scores, seed=3)
+    assert stats.aggregate(scores, seed=3) != stats.aggregate(scores, seed=4)
+    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_no_interval_below_three_seeds():
+    for scores in ([[0.1, 0.2]], [[0.1, 0.2, 0.3], [0.4, 0.5]]):
+        assert all(
+            estimate.low is None and estimate.high is None
+            for estimate in stats.aggregate(scores).values()
+        )
+    assert stats.aggregate([[0.1, 0.2, 0.3]])["IQM"].low is not None
+
+
+def test_every_task_weighs_the_same_when_seeds_are_unequal():
+    found = values([[0.0] * 9, [1.0]])
+    assert found["Mean"] == 0.5
+    assert found["Median"] == 0.5
+    assert found["Optimality gap"] == 0.5
+    assert found["IQM"] == pytest.approx(0.5)  # a quarter of the weight of either task is cut
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=4), min_size=2, max_size=4))
+def test_the_weighted_iqm_is_the_iqm_of_repeated_scores(tasks):
+    """Repeating each task's scores to a common number of seeds changes nothing but the cuts."""
+    total = 4 * int(np.lcm.reduce([len(task) for task in tasks]))
+    repeated = [np.repeat(np.array(task, float), total // len(task)) for task in tasks]
+    pooled = np.concatenate(repeated)
+    expected = scipy.stats.trim_mean(pooled, 0.25)
+    if len({len(task) for task in tasks}) > 1:
+        assert values(tasks)["IQM"] == pytest.approx(expected)
+
+
+def test_scores_beyond_one_do_not_count_against_the_optimality_gap():
+    assert values([[0.5, 2.0]])["Optimality gap"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [([], "no task"), ([[0.1], []], "task 1 has no scores"), ([[0.1, np.nan]], "the score nan")],
+)
+def test_what_cannot_be_aggregated_is_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
+        stats.aggregate(scores)
+
+
+def test_the_interval_of_a_curve_is_that_of_the_mean_at_each_point():
+    curve = np.random.default_rng(2).normal(size=(6, 3))
+    low, high = stats.curve_interval(curve, reps=20_000)
+    for point in range(3):
+        single = stats.mean_interval(curve[:, point].tolist(), reps=20_000, seed=9)
+        tolerance = 0.05 * (single.high - single.low)
+        assert low[point] == pytest.approx(single.low, abs=tolerance)
+        assert high[point] == pytest.approx(single.high, abs=tolerance)
+    assert stats.curve_interval(curve[:2]) is None
