@@ -380,6 +380,7 @@ class Store:
         frame = {}
         for column, content in zip(columns, values, strict=True):
             kind = column.type
+            series: Any
             if isinstance(kind, schema.UtcTime):
                 series = pd.to_datetime(
                     pd.Series(content, dtype=object), utc=True, format="ISO8601"

@@ -21,7 +21,7 @@ from importlib import resources
 def _reference_scores() -> dict[str, tuple[float, float]]:
     scores: dict[str, tuple[float, float]] = {}
     source = resources.files(__name__) / "d4rl_reference_scores.csv"
-    with source.open(encoding="utf-8", newline="") as file:
+    with source.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
             name = row["env_or_dataset"]
             low, high = float(row["ref_min_score"]), float(row["ref_max_score"])
