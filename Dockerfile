@@ -1,45 +1,71 @@
-# CPU by default:   docker build -t offline-rl-harness .
-# CUDA:             docker build --build-arg TORCH_BACKEND=cu128 -t offline-rl-harness:cuda .
-# Run:              docker run --shm-size=1g -v "$PWD/out:/out" offline-rl-harness quickstart
+# CPU:    docker build -t offline-rl-harness --build-arg GIT_COMMIT=$(git rev-parse HEAD) .
+# CUDA:   docker build -t offline-rl-harness:cuda --build-arg TORCH_BACKEND=cu128 .
+# Run:    docker run --rm --shm-size=1g -v "$PWD/out:/out" offline-rl-harness quickstart
+#         (the CUDA image: add --gpus all)
+#
+# Wheels in a folder wheels/ of the build context are preferred to the package index.
 ARG BASE=python:3.11-slim-bookworm
-FROM ${BASE}
 
+# ---------------------------------------------------------------- the environment, built apart
+FROM ${BASE} AS build
 # Build of torch: cpu, cu128, cu130, ... or empty for the package index's default.
 ARG TORCH_BACKEND=cpu
-# Recorded with every run: docker build --build-arg GIT_COMMIT=$(git rev-parse HEAD) ...
-ARG GIT_COMMIT=""
+ENV UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy
+RUN python3 -m venv /opt/uv \
+ && /opt/uv/bin/pip install --no-cache-dir --quiet uv \
+ && python3 -m venv --without-pip /opt/venv
 
-# g++ and the C library's headers are what torch.compile needs on CPU; mesa's EGL renders off-screen.
+# Dependencies first: this layer is built again only when they change. Byte code is compiled here
+# because the user below cannot write it, and every Ray worker would compile torch anew.
+WORKDIR /build
+COPY pyproject.toml constraints.txt wheel[s] ./
+RUN --mount=type=cache,target=/var/cache/uv \
+    /opt/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --compile-bytecode \
+      --find-links . ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} \
+      -c constraints.txt -r pyproject.toml --extra postgres \
+ && cd /opt/venv/lib/python3*/site-packages \
+ && find numpy matplotlib pandas pyarrow scipy statsmodels sympy -type d -name tests -prune \
+      -exec rm -rf {} +
+
+COPY . /opt/harness
+RUN --mount=type=cache,target=/var/cache/uv \
+    rm -rf /opt/harness/wheels \
+ && /opt/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --no-deps -e /opt/harness \
+ && rm -rf /opt/harness/build \
+ && /opt/venv/bin/python -m compileall -q /opt/harness
+
+# ------------------------------------------------------------------------------------ the image
+FROM ${BASE}
+# g++ is what torch.compile needs on CPU (and Triton on CUDA); tini reaps Ray's processes.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends g++ libegl1 libgl1 tini \
+ && apt-get install -y --no-install-recommends g++ tini \
  && rm -rf /var/lib/apt/lists/*
 
+# Any user may run the image (`--user $(id -u)`), so home and output are open to all.
 RUN useradd --create-home --uid 1000 harness \
- && mkdir -p /opt/harness /out \
- && chown harness:harness /opt/harness /out
-WORKDIR /opt/harness
+ && mkdir -p /out \
+ && chmod 1777 /out /home/harness
 
-# Dependencies first: this layer is rebuilt only when they change.
-COPY pyproject.toml constraints.txt README.md ./
-RUN --mount=type=bind,target=/context,rw \
-    python3 -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-cache-dir --quiet uv \
- && if [ -d /context/wheels ]; then export UV_FIND_LINKS=/context/wheels; fi \
- && /opt/venv/bin/uv pip install --no-cache --quiet --python /opt/venv/bin/python \
-      ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} -c constraints.txt -r pyproject.toml \
-      --extra postgres
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /opt/harness /opt/harness
 
-COPY --chown=harness:harness . .
-RUN /opt/venv/bin/uv pip install --no-cache --quiet --python /opt/venv/bin/python --no-deps -e . \
- && chown -R harness:harness /opt/harness
-
+# USER, HOME: torch and Ray ask for them also when the uid has no name. MuJoCo needs no OpenGL here.
 ENV PATH=/opt/venv/bin:$PATH \
-    HARNESS_GIT_COMMIT=${GIT_COMMIT} \
+    HOME=/home/harness \
+    USER=harness \
     HARNESS_HOME=/out/runs \
     MINARI_DATASETS_PATH=/out/datasets \
-    MUJOCO_GL=egl \
+    MUJOCO_GL=disabled \
+    PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
+# Last, since it changes with every build: the commit that is recorded with every run.
+ARG GIT_COMMIT=""
+ENV HARNESS_GIT_COMMIT=${GIT_COMMIT}
+LABEL org.opencontainers.image.title="offline-rl-harness" \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.revision="${GIT_COMMIT}"
+
+WORKDIR /opt/harness
 USER harness
-VOLUME /out
 ENTRYPOINT ["tini", "--", "harness"]
 CMD ["--help"]

@@ -310,7 +310,6 @@ def test_the_label_is_not_part_of_the_identity() -> None:
         {"seed": 1},
         {"evaluation": dataclasses.replace(TRIAL.evaluation, every=1)},
         {"evaluation": dataclasses.replace(TRIAL.evaluation, episodes=1)},
-        {"evaluation": dataclasses.replace(TRIAL.evaluation, num_envs=1)},
         {"evaluation": dataclasses.replace(TRIAL.evaluation, first_env_seed=1)},
         {"evaluation": dataclasses.replace(TRIAL.evaluation, environment={"env_id": "E-v1"})},
         {"evaluation": dataclasses.replace(TRIAL.evaluation, simulator="mujoco 3.3.7")},
