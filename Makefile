@@ -49,6 +49,7 @@ smoke: install  ## spec to figure on CPU in about a minute, in a throw-away fold
 	set -e; home=$$(mktemp -d); trap 'rm -rf "$$home"' EXIT; \
 	export MINARI_DATASETS_PATH="$$home/data" HARNESS_HOME="$$home/runs"; \
 	$(BIN)/harness data make bandit2d; \
+	$(BIN)/harness data make pointmaze/umaze --steps 20000; \
 	$(BIN)/harness sweep experiments/smoke.yaml; \
 	$(BIN)/harness leaderboard experiments/smoke.yaml; \
 	$(BIN)/harness figures experiments/smoke.yaml

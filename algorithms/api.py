@@ -1,6 +1,7 @@
 """The types an algorithm is written against: nothing here knows Ray, a database or Minari.
 
-Shape letters: `K` seeds (always leading), `B` batch, `L` segment length, `O` obs dim, `A` action dim, `N` environments.
+Shape letters: `K` seeds (always leading), `B` batch, `L` segment length, `O` obs dim, `A` action
+dim, `N` environments.
 """
 
 from __future__ import annotations

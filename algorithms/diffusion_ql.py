@@ -153,7 +153,7 @@ class DiffusionQL(nn.Module):
         return metrics
 
     def q_target(self, batch: Batch, rng: Rng) -> Tensor:
-        """Eq. 4's target: reward + discount * min of the target critics at an EMA action, [K, B]."""
+        """Eq. 4's target: reward + discount * min of target critics at an EMA action, [K, B]."""
         if self.config.max_q_backup:
             next_obs = batch.next_obs.unsqueeze(1)  # [K, C, B, O]
             next_obs = next_obs.expand(-1, self.config.backup_actions, -1, -1)

@@ -208,7 +208,9 @@ def check_shapes(case: Case) -> None:
     learner = case.build()
     num_seeds = len(case.seeds)
     if not isinstance(learner, nn.Module):
-        raise ContractError(f"{type(learner).__name__} is not an nn.Module; state must be registered")
+        raise ContractError(
+            f"{type(learner).__name__} is not an nn.Module; state must be registered"
+        )
     for name, parameter in learner.named_parameters():
         if parameter.requires_grad:
             raise ContractError(
@@ -240,7 +242,7 @@ def check_shapes(case: Case) -> None:
 
 
 def check_determinism(case: Case) -> None:
-    """A seed gives the same numbers every time, another seed others; torch's generator is unused."""
+    """A seed repeats its numbers, another seed has others; torch's generator is unused."""
     before = torch.random.get_rng_state()
     first, second = case.build(), case.build()
     metrics, again = case.train(first), case.train(second)
@@ -356,7 +358,9 @@ def check_policy(case: Case, num_observations: int = 8) -> None:
     learner = case.build()
     case.train(learner)
     if not isinstance(learner, Policy):
-        raise ContractError(f"{type(learner).__name__} has no act(obs, rng); the last stage needs it")
+        raise ContractError(
+            f"{type(learner).__name__} has no act(obs, rng); the last stage needs it"
+        )
     before = _state(learner)
     seeds = torch.tensor(case.seeds)
     obs = Rng(seeds, torch.zeros_like(seeds), Stream.TEST).normal(num_observations, spec.obs_dim)
@@ -377,7 +381,9 @@ def check_policy(case: Case, num_observations: int = 8) -> None:
             )
         low, high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
         if not ((action >= low) & (action <= high)).all():
-            raise ContractError(f"actions outside {spec.action_low} to {spec.action_high}: {action}")
+            raise ContractError(
+                f"actions outside {spec.action_low} to {spec.action_high}: {action}"
+            )
         _same({"action": act(learner, case.seeds, obs)}, {"action": action}, "act must repeat")
         _same(_state(learner), before, "act must not change the state")
         for i, seed in enumerate(case.seeds):
@@ -480,9 +486,11 @@ def check_recipe(
 
 
 def check_compiled(case: Case, tolerance: float = 1e-4) -> None:
-    """The step compiled for this machine equals eager to rounding, and stack equals solo bitwise.
+    """The step compiled for this machine equals eager, and stack equals solo, to rounding.
 
-    Takes a minute or two: it compiles twice.
+    Not bit for bit: the compiler lays out loops by shape, and may add in another order for another
+    K. (Diffusion-QL at its published size came out bitwise equal for K = 1 and 3; behaviour cloning
+    on the tiny dataset differs by 5e-10.) Takes a minute or two: it compiles twice.
 
     Args:
         tolerance: largest absolute difference of a state tensor after `case.steps` steps.
@@ -492,13 +500,18 @@ def check_compiled(case: Case, tolerance: float = 1e-4) -> None:
         return torch.compile(step, fullgraph=True, dynamic=False)
 
     torch._dynamo.reset()
+    first = case.seeds[:1]
     with one_thread():
-        eager, stacked, solo = case.build(), case.build(), case.build(case.seeds[:1])
+        eager, stacked, solo = case.build(), case.build(), case.build(first)
         case.train(eager)
         case.train(stacked, wrap=compiled)
-        case.train(solo, case.seeds[:1], wrap=compiled)
-    _same(_seed_of(_state(stacked), 0), _state(solo), "a compiled stack must equal compiled solo")
-    for name, value in _state(stacked).items():
-        gap = (value.double() - _state(eager)[name].double()).abs().max().item()
-        if not gap <= tolerance:
-            raise ContractError(f"compiled and eager differ by {gap:.3g} in {name}")
+        case.train(solo, first, wrap=compiled)
+    state = _state(stacked)
+    for other, against in (
+        (_state(eager), "compiled and eager"),
+        (_state(solo), "a compiled stack and compiled solo"),
+    ):
+        for name, value in other.items():
+            gap = (value.double() - state[name][: len(value)].double()).abs().max().item()
+            if not gap <= tolerance:
+                raise ContractError(f"{against} differ by {gap:.3g} in {name}")

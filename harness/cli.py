@@ -218,9 +218,12 @@ def status(
         runs = store.statuses(ids if ids is not None else list(trials["trial_id"]))
         rows: dict[tuple[str, str, str], Counter[str]] = {}
         steps: Counter[tuple[str, str, str]] = Counter()
-        for trial in trials.itertuples():
-            key = (trial.label, trial.dataset_id, trial.variant_id[:8])
-            run = runs.get(trial.trial_id)
+        columns_of = ("trial_id", "label", "dataset_id", "variant_id")
+        for trial_id, label, dataset_id, variant in zip(
+            *(trials[name] for name in columns_of), strict=True
+        ):
+            key = (label, dataset_id, variant[:8])
+            run = runs.get(trial_id)
             rows.setdefault(key, Counter())[run.status if run else "pending"] += 1
             steps[key] = max(steps[key], run.steps_done if run else 0)
         never_seen = len(ids) - len(trials) if ids is not None else 0

@@ -139,7 +139,7 @@ def _end_with_parent() -> None:
 def _train_stack(config: dict[str, Any]) -> None:
     """What a Ray worker runs."""
     _end_with_parent()
-    last = [0.0, ""]
+    last: list[Any] = [0.0, ""]  # when and in which phase a report was sent
 
     def report(progress: Progress) -> None:
         now = time.monotonic()

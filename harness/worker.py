@@ -8,6 +8,7 @@ last checkpoint, and replayed rows carry the same keys. Knows neither Ray nor th
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 import traceback
@@ -519,10 +520,12 @@ class _TrainingRun:
             state = trainer.seed_state(index)
             manifest = {"of_stage": stage.id, "step": trainer.steps_done}
             ArtifactStore(folder).publish(
-                name, lambda path, state=state: ArtifactStore.save_state(path, state), manifest
+                name, functools.partial(ArtifactStore.save_state, state=state), manifest
             )
             self._set_status(index, "running", trainer.steps_done, None)
-            for step in checkpoint_steps(folder)[:-KEPT_CHECKPOINTS]:
+            found = checkpoint_steps(folder)
+            kept = [step for step in found if step <= trainer.steps_done][-KEPT_CHECKPOINTS:]
+            for step in set(found) - set(kept):  # older ones, and leftovers of another trial
                 shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
 
     def _finish(self, trainer: Trainer) -> str:

@@ -19,7 +19,8 @@ def faults(path: Path) -> list[str]:
         found.append(f"has {len(content)} bytes; the limit is {MAX_BYTES}")
     if content and not content.endswith(b"\n"):
         found.append("has no newline at its end")
-    if path.suffix != ".csv" and any(line != line.rstrip() for line in content.decode().split("\n")):
+    lines = content.decode().split("\n")
+    if path.suffix != ".csv" and any(line != line.rstrip() for line in lines):
         found.append("has trailing blanks")
     try:
         if path.suffix in (".yaml", ".yml"):

@@ -83,5 +83,5 @@ def test_polyak_update_moves_by_tau_and_only_where_told():
 
 
 def test_polyak_update_refuses_different_networks():
-    with pytest.raises(ValueError, match="only one: layers.1"):
+    with pytest.raises(ValueError, match=r"only one: layers\.1"):
         polyak_update(MLP(init(), (3, 4, 1)), MLP(init(), (3, 1)), 0.5)

@@ -170,14 +170,16 @@ def test_a_rows_numbers_follow_its_episode_wherever_it_sits():
 
 def test_draws_not_led_by_the_rows_are_refused():
     seeds = torch.tensor([0])
-    rng = RowRng(seeds, seeds, Stream.EVALUATION, torch.zeros(1, 2).long(), torch.zeros(1, 2).long())
+    rng = RowRng(
+        seeds, seeds, Stream.EVALUATION, torch.zeros(1, 2).long(), torch.zeros(1, 2).long()
+    )
     with pytest.raises(ValueError, match="must be led by the N = 2 rows"):
         rng.normal(5, 2)
 
 
 def test_wrong_arguments_are_refused():
     seeds = torch.tensor([0, 1])
-    with pytest.raises(TypeError, match="seeds is torch.float32; expected an int64"):
+    with pytest.raises(TypeError, match=r"seeds is torch\.float32; expected an int64"):
         Rng(seeds.float(), seeds, Stream.TEST)
     with pytest.raises(TypeError, match="step is int; expected an int64"):
         Rng(seeds, 3, Stream.TEST)

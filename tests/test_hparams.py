@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,14 @@ def known_names() -> list[str]:
     return [line.split(",")[0] for line in file.read_text().splitlines()[1:]] + MINARI
 
 
-def blocks(recipe) -> list[dict]:
-    content = yaml.safe_load(recipe.hparams.read_text())
+@cache
+def _parsed(path: Path) -> list[dict]:
+    content = yaml.safe_load(path.read_text())
     return [content["default"], *content["datasets"]]
+
+
+def blocks(recipe) -> list[dict]:
+    return _parsed(recipe.hparams)
 
 
 def first_match(recipe, name: str) -> dict:

@@ -99,7 +99,7 @@ def test_states_of_another_learner_or_another_step_are_refused(bandit):
     trainer = make_trainer(bandit, [0, 1])
     state = trainer.seed_state(0)
     with pytest.raises(ValueError, match="missing"):
-        trainer.load_seed_states([state, {k: v for k, v in list(state.items())[1:]}])
+        trainer.load_seed_states([state, dict(list(state.items())[1:])])
     later = dict(state) | {STEP_KEY: state[STEP_KEY] + 1}
     with pytest.raises(ValueError, match="different steps"):
         trainer.load_seed_states([state, later])

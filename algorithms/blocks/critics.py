@@ -13,7 +13,9 @@ from algorithms.blocks.optim import per_seed
 
 
 class QEnsemble(nn.Module):
-    """E independent q networks per seed: (obs [K, *rows, O], action [K, *rows, A]) -> [K, E, *rows].
+    """E independent q networks per seed.
+
+    Maps obs [K, *rows, O] and action [K, *rows, A] to [K, E, *rows].
 
     Args:
         hidden_dims: widths of the hidden layers.

@@ -20,7 +20,7 @@ from algorithms.api import Rng
 from algorithms.blocks.layers import MLP, sinusoidal_embedding
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(noisy [K, *rows, A], t broadcastable to [K, *rows], obs [K, *rows, O]) -> noise_pred like noisy."""
+"""(noisy [K, *rows, A], t broadcastable to [K, *rows], obs [K, *rows, O]) -> noise_pred."""
 
 
 def vp_betas(denoise_steps: int, beta_min: float = 0.1, beta_max: float = 10.0) -> Tensor:
@@ -30,9 +30,8 @@ def vp_betas(denoise_steps: int, beta_min: float = 0.1, beta_max: float = 10.0) 
     the last alpha_bar is exp(-(beta_min + beta_max) / 2) whatever T is.
     """
     t = torch.arange(1, denoise_steps + 1, dtype=torch.float64)
-    exponent = -beta_min / denoise_steps
-    exponent = exponent - 0.5 * (beta_max - beta_min) * (2.0 * t - 1.0) / denoise_steps**2
-    return 1.0 - torch.exp(exponent)
+    growth = 0.5 * (beta_max - beta_min) * (2.0 * t - 1.0) / denoise_steps**2
+    return 1.0 - torch.exp(-beta_min / denoise_steps - growth)
 
 
 def linear_betas(denoise_steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
@@ -52,7 +51,11 @@ def cosine_betas(denoise_steps: int, offset: float = 0.008) -> Tensor:
     return (1.0 - alpha_bars[1:] / alpha_bars[:-1]).clamp(0.0, 0.999)
 
 
-SCHEDULES = {"vp": vp_betas, "linear": linear_betas, "cosine": cosine_betas}
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "vp": vp_betas,
+    "linear": linear_betas,
+    "cosine": cosine_betas,
+}
 
 
 class Diffusion(nn.Module):

@@ -185,12 +185,18 @@ def sinusoidal_embedding(t: Tensor, dim: int, cosines_first: bool = False) -> Te
         ValueError: if `dim` is odd or below 4.
     """
     if dim < 4 or dim % 2:
-        raise ValueError(f"time embedding of dimension {dim}; expected an even number of at least 4")
+        raise ValueError(
+            f"time embedding of dimension {dim}; expected an even number of at least 4"
+        )
     half = dim // 2
     k = torch.arange(half, device=t.device, dtype=torch.float32)
     angle = t.float().unsqueeze(-1) * torch.exp(k * (-math.log(10000.0) / (half - 1)))
-    waves = (torch.cos(angle), torch.sin(angle)) if cosines_first else (
-        torch.sin(angle),
-        torch.cos(angle),
+    waves = (
+        (torch.cos(angle), torch.sin(angle))
+        if cosines_first
+        else (
+            torch.sin(angle),
+            torch.cos(angle),
+        )
     )
     return torch.cat(waves, dim=-1)

@@ -27,7 +27,9 @@ class Normalizer(nn.Module):
             raise ValueError(f"{len(mean)} means but {len(std)} standard deviations")
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor([list(mean)] * num_seeds, dtype=torch.float32))  # [K, D]
+        self.register_buffer(
+            "mean", torch.tensor([list(mean)] * num_seeds, dtype=torch.float32)
+        )  # [K, D]
         self.register_buffer("std", torch.tensor([list(std)] * num_seeds, dtype=torch.float32))
         self.eps = eps
 

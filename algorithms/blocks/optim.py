@@ -32,7 +32,7 @@ def gradients(
     Returns:
         Gradients by parameter name, and the metrics of `loss`.
     """
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
 
     def total(candidate: dict[str, Tensor]) -> tuple[Tensor, Metrics]:
         def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -75,6 +75,8 @@ class Adam(nn.Module):
         clip_norm: largest L2 norm of a seed's whole gradient; None leaves gradients as they are.
     """
 
+    count: Tensor  # steps done, int64 [K]
+
     def __init__(
         self,
         module: nn.Module,
@@ -86,7 +88,9 @@ class Adam(nn.Module):
     ) -> None:
         super().__init__()
         if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm is {clip_norm}; expected a positive number, or None for off")
+            raise ValueError(
+                f"clip_norm is {clip_norm}; expected a positive number, or None for off"
+            )
         self.lr, self.betas, self.eps = lr, betas, eps
         self.weight_decay, self.clip_norm = weight_decay, clip_norm
         parameters = dict(module.named_parameters())
