@@ -39,6 +39,7 @@ from harness.spec import RunOptions
 from harness.worker import Job, Progress, run_stack
 
 REPORT_EVERY_S = 0.5
+INIT_TRIES = 2
 NOT_RETRIED = (ValueError, TypeError, LookupError, AttributeError, ImportError, DatasetError)
 """Errors of data, configuration or code, which a second try would meet again."""
 
@@ -169,15 +170,21 @@ def cluster(run: RunOptions) -> Iterator[None]:
     }
     if os.environ.get("RAY_ADDRESS"):
         options.pop("include_dashboard")
-    try:
-        with _quiet_stderr():
-            ray.init(**options)
-    except Exception as error:
-        where = os.environ.get("RAY_ADDRESS", "a local cluster")
-        raise ConnectionError(
-            f"Ray could not start on {where}: {error}. Check `harness doctor`, or unset "
-            "RAY_ADDRESS to run locally"
-        ) from error
+    address = os.environ.get("RAY_ADDRESS")
+    for attempt in range(1, INIT_TRIES + 1):
+        try:
+            with _quiet_stderr():
+                ray.init(**options)
+            break
+        except Exception as error:
+            ray.shutdown()  # a busy machine can time out while the local cluster starts
+            if address:
+                advice = f"the cluster at RAY_ADDRESS={address}; unset it to run locally"
+            elif attempt < INIT_TRIES:
+                continue
+            else:
+                advice = "a local cluster; is the machine out of memory or very busy?"
+            raise ConnectionError(f"Ray could not start: {error}. Tried {advice}") from error
     try:
         yield
     finally:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# No time limits: a busy machine is not a bug.
+hypothesis.settings.register_profile("harness", deadline=None)
+hypothesis.settings.load_profile("harness")
 
 # Before torch or a Ray worker starts: stacks of any size agree bitwise with one thread per process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -156,10 +156,10 @@ def test_the_command_line_makes_lists_shows_and_verifies(run, store: Path) -> No
 
 
 def test_the_command_line_answers_errors_with_one_message(run, tmp_path: Path) -> None:
-    assert "Did you mean" in run("card", "generated/bandit-v0", code=1)
-    assert "does not exist" in run("import", str(tmp_path / "x"), "--id", "mine/x-v0", code=1)
+    assert "Did you mean" in run("card", "generated/bandit-v0", code=2)
+    assert "does not exist" in run("import", str(tmp_path / "x"), "--id", "mine/x-v0", code=2)
     assert "not in the mirror" in run(
-        "download", "D4RL/pen/human-v2", "--remote", f"file://{tmp_path}", code=1
+        "download", "D4RL/pen/human-v2", "--remote", f"file://{tmp_path}", code=2
     )
     published = json.loads(run("list", "*hopper*", "--published", "--json"))
     relations = {row["name"]: row["relation"] for row in published}

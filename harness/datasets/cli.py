@@ -21,14 +21,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Prints an expected error as one message and exits with status 1."""
+    """Prints an expected error as one message and exits with status 2, as a usage error does."""
     from harness.datasets.errors import DatasetError
 
     try:
         yield
     except (DatasetError, ValueError, TypeError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
 
 
 @contextmanager
