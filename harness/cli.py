@@ -125,7 +125,7 @@ def _sweep(
     found, store = _open(home, db)
     retry = ("failed", "diverged") if retry_diverged else ("failed",)
     with store:
-        planned = plan_sweep(experiment, store, found, retry=retry, dry_run=dry_run)
+        planned = plan_sweep(experiment, store, found, retry=retry, register=not dry_run)
         plan = planned.describe(measured_rates(store))
         if dry_run:
             _print_plan(plan, as_json)
@@ -136,13 +136,13 @@ def _sweep(
         def run_queue(queue: Any, on_interrupt: Any) -> None:
             from harness import tune
 
-            with tune.cluster(experiment.run):
+            with tune.cluster():
                 tune.run_queue(queue, experiment.run, on_interrupt)
 
         def display(total: int) -> Display:
             return Display(errors if as_json else console, total)
 
-        summary = run_sweep(experiment, store, found, display, run_queue, retry=retry)
+        summary = run_sweep(experiment, store, found, display, run_queue, retry=retry, plan=planned)
         if as_json:
             print(json.dumps({"counts": summary.counts, "errors": summary.errors}))
         else:

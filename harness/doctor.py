@@ -119,11 +119,10 @@ def _datasets() -> Check:
 
 def _ray() -> Check:
     from harness import tune
-    from harness.spec import RunOptions
 
     started = time.perf_counter()
     try:
-        with tune.cluster(RunOptions()):
+        with tune.cluster():
             resources = tune.resources()
     except Exception as error:
         return Check("Ray", "bad", str(error))

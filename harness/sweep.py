@@ -59,7 +59,6 @@ class Queue:
 
     plan: Plan
     experiment: Experiment
-    store: Store
     home: Home
     display: Display
     ingester: Ingester
@@ -157,15 +156,16 @@ def plan_sweep(
     home: Home,
     registry: Registry | None = None,
     retry: tuple[str, ...] = ("failed",),
-    dry_run: bool = False,
+    register: bool = True,
 ) -> Plan:
     """What is left to do, after taking in what earlier drivers left unread.
 
     Args:
-        dry_run: do not put the trials into the database.
+        register: put the trials and their datasets into the database; not for a dry run, and
+            not again once it was done.
     """
     ingester = Ingester(store, home)
-    if not dry_run:
+    if register:
         ingester.register(experiment.trials)
     ingester.leftovers()
     return make_plan(
@@ -181,6 +181,7 @@ def run_sweep(
     run_queue: RunQueue,
     registry: Registry | None = None,
     retry: tuple[str, ...] = ("failed",),
+    plan: Plan | None = None,
 ) -> Summary:
     """Runs what is left of an experiment.
 
@@ -191,6 +192,7 @@ def run_sweep(
         display_factory: makes a display for a number of stacks.
         run_queue: runs a queue until it is exhausted.
         retry: statuses besides unfinished ones that are run again.
+        plan: of `plan_sweep` for the same experiment and `retry`, if the caller made it already.
     """
     started = time.monotonic()
     stop_file = home.work / f"stop-{os.getpid()}"
@@ -198,7 +200,7 @@ def run_sweep(
     trained, interrupted = 0, False
     given_up: dict[str, str] = {}
     blocked: dict[str, str] = {}
-    plan = plan_sweep(experiment, store, home, registry, retry)
+    plan = plan or plan_sweep(experiment, store, home, registry, retry)
     preflight(plan)
     attempts = prepare_attempts(experiment.trials, store, home, plan, retry)
     try:
@@ -209,7 +211,6 @@ def run_sweep(
                 queue = Queue(
                     plan=plan,
                     experiment=experiment,
-                    store=store,
                     home=home,
                     display=display,
                     ingester=Ingester(store, home),
@@ -235,7 +236,7 @@ def run_sweep(
             if not queue.completed_stacks:
                 break
             # Diverged seeds are results: from here on only what never ended is planned again.
-            plan = plan_sweep(experiment, store, home, registry, retry=("failed",))
+            plan = plan_sweep(experiment, store, home, registry, ("failed",), register=False)
     except KeyboardInterrupt:
         interrupted = True
     finally:

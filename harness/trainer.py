@@ -25,10 +25,6 @@ A cold build takes 20 to 60 s on CPU and saves about a quarter of each step.
 """
 
 
-class DivergedError(RuntimeError):
-    """Every seed of a stack has a metric that is not finite."""
-
-
 @dataclass(frozen=True)
 class Divergence:
     """Where one seed stopped being finite."""

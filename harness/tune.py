@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -159,7 +158,7 @@ def _train_stack(config: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def cluster(run: RunOptions) -> Iterator[None]:
+def cluster() -> Iterator[None]:
     """A connection to the cluster of `RAY_ADDRESS`, or a local one that ends with the block."""
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {
@@ -173,7 +172,7 @@ def cluster(run: RunOptions) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     for attempt in range(1, INIT_TRIES + 1):
         try:
-            with _quiet_stderr():
+            with _quiet_logs():
                 ray.init(**options)
             break
         except Exception as error:
@@ -225,7 +224,7 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
         ),
     )
     try:
-        with _interruptible(on_interrupt), _quiet_stderr():
+        with _interruptible(on_interrupt), _quiet_logs():
             tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -254,7 +253,7 @@ def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def _quiet_logs() -> Iterator[None]:
     """Hides the warnings that ray and tune print through Python's logging and warnings."""
     import warnings
 
@@ -266,4 +265,3 @@ def _quiet_stderr() -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
-        sys.stderr.flush()
