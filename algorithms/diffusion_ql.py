@@ -154,6 +154,8 @@ class DiffusionQL(nn.Module):
 
     def q_target(self, batch: Batch, rng: Rng) -> Tensor:
         """Eq. 4's target: reward + discount * min of target critics at an EMA action, [K, B]."""
+        if self.config.discount == 0.0:  # a bandit: no chain for the next action is needed
+            return batch.reward
         if self.config.max_q_backup:
             next_obs = batch.next_obs.unsqueeze(1)  # [K, C, B, O]
             next_obs = next_obs.expand(-1, self.config.backup_actions, -1, -1)
@@ -229,7 +231,7 @@ def stages(config: Config) -> tuple[Train, ...]:
 
 recipe = Recipe(
     name="diffusion_ql",
-    revision=1,
+    revision=2,
     config=Config,
     stages=stages,
     hparams=Path(__file__).parent / "hparams" / "diffusion_ql.yaml",

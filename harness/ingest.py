@@ -33,6 +33,7 @@ def trial_record(trial: TrialSpec) -> TrialRecord:
         seed=trial.seed,
         evaluation=asdict(trial.evaluation),
         simulator=trial.evaluation.simulator,
+        precision=trial.precision,
         created_at=utc_now(),
     )
 

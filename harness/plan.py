@@ -53,6 +53,7 @@ class Stage:
     data: Mapping[str, Any]
     seed: int | None
     needs: Mapping[str, str]
+    precision: str = "float32"
     recipe_config: Any = None
     need_configs: Mapping[str, Any] = field(default_factory=dict)
     trials: tuple[TrialSpec, ...] = ()
@@ -73,6 +74,7 @@ class Stage:
             "dataset_digest": self.dataset_digest,
             "data": dict(self.data),
             "needs": dict(self.needs),
+            "precision": self.precision,
         }
         return identity if self.seed is None else {**identity, "seed": self.seed}
 
@@ -406,6 +408,7 @@ def _unique_stages(
                 data=trial.data,
                 seed=trial.seed if part.per_seed else None,
                 needs={need: own[need].id for need in part.needs},
+                precision=trial.precision,
                 recipe_config=config,
                 need_configs={need: own[need].config for need in part.needs},
             )

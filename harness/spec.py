@@ -64,12 +64,14 @@ _TOP_KEYS = (
     "steps",
     "config",
     "data",
+    "precision",
     "evaluation",
     "cases",
     "run",
 )
-_BLOCK_KEYS = ("algorithm", "config", "data", "steps")
-_CASE_KEYS = ("algorithm", "dataset", "config", "data", "steps", "evaluation")
+_BLOCK_KEYS = ("algorithm", "config", "data", "steps", "precision")
+_CASE_KEYS = ("algorithm", "dataset", "config", "data", "steps", "precision", "evaluation")
+Precision = Literal["float32", "mixed"]
 _PROTOCOL_KEYS = ("every", "episodes", "first_env_seed")
 
 
@@ -150,6 +152,7 @@ class TrialSpec:
 
     `data` and `config` are plain mappings with a value for every field, as `config_to_dict`
     makes them. Neither the label nor the stack a trial runs in is part of its identity.
+    `precision` is of the matrix products: see `algorithms.blocks.layers.set_precision`.
     """
 
     algorithm: str
@@ -161,6 +164,7 @@ class TrialSpec:
     seed: int
     evaluation: EvaluationSpec
     label: str = ""
+    precision: Precision = "float32"
 
     @functools.cached_property
     def id(self) -> str:
@@ -182,6 +186,7 @@ class TrialSpec:
             "data": dict(self.data),
             "config": dict(self.config),
             "seed": self.seed,
+            "precision": self.precision,
             "evaluation": config_to_dict(self.evaluation),
         }
 
@@ -411,6 +416,7 @@ class _Layer:
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    precision: str | None = None
 
 
 @dataclass
@@ -434,7 +440,10 @@ def _layer(block: Mapping[str, Any], place: str, prefix: str) -> _Layer:
         if key in evaluation:
             raise SpecError(f"{at(where, key)}: follows from the dataset and cannot be set")
     refuse_unknown(evaluation, _PROTOCOL_KEYS, where)
-    return _Layer(place, config, data, check_values(EvaluationSpec, evaluation, where))
+    precision = block.get("precision")
+    if precision is not None:
+        precision = convert(Precision, precision, at(prefix, "precision"))
+    return _Layer(place, config, data, check_values(EvaluationSpec, evaluation, where), precision)
 
 
 def _algorithm_blocks(value: Any, place: str) -> dict[str, dict[str, Any]]:
@@ -503,7 +512,7 @@ class _Document:
         if top == "cases":
             content["cases"] = content.get("cases") or []
         _assign(content, parts, value, text)
-        if top in ("algorithms", "steps", "config", "data", "evaluation"):
+        if top in ("algorithms", "steps", "config", "data", "precision", "evaluation"):
             _assign(self.last, parts, value, text)
         if len(parts) == 1:
             self.from_command_line.add(top)
@@ -824,7 +833,9 @@ class _Resolver:
         config: dict[str, Any] = {}
         data: dict[str, Any] = {}
         protocol: dict[str, Any] = {}
+        precision = "float32"
         for layer in layers:
+            precision = layer.precision or precision
             config.update({key: item for key, item in layer.config.items() if key in fields})
             data.update(layer.data)
             protocol.update(layer.evaluation)
@@ -844,6 +855,7 @@ class _Resolver:
             seed=seed,
             evaluation=config_from_dict(EvaluationSpec, protocol, at(where, "evaluation")),
             label=label,
+            precision=precision,
         )
         origin = Origin(
             label,

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from algorithms.api import DatasetSpec, Make, Recipe, StageInput, Train
+from algorithms.blocks.layers import set_precision
 from algorithms.blocks.rng import Rng, Stream
 from harness import datasets, environments, provenance
 from harness.artifacts import ArtifactStore
@@ -394,6 +395,7 @@ class _TrainingRun:
         seeds = self.job.stack.seeds
         learner = self.declared.learner(self.declared.config, dataset.spec, seeds, inputs)
         learner.to(self.device)
+        set_precision(learner, self.stages[0].precision)
         trainer = Trainer(learner, dataset, seeds, self.device, self.compiled)
         self._restore(trainer)
         evaluations = self._evaluations(dataset.spec)

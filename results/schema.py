@@ -20,7 +20,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = "0002"
+VERSION = "0003"
 """The newest migration: what `Store.open` brings a database to."""
 
 VERSION_TABLE = "migrations"
@@ -112,6 +112,7 @@ trials = sa.Table(
     sa.Column("evaluation", CanonicalJson, nullable=False),
     sa.Column("simulator", sa.Text, nullable=False),
     sa.Column("created_at", UtcTime, nullable=False),
+    sa.Column("precision", sa.Text, nullable=False, server_default="float32"),
     sa.ForeignKeyConstraint(
         ["dataset_id", "dataset_digest"], ["datasets.dataset_id", "datasets.digest"]
     ),

@@ -13,10 +13,13 @@ from algorithms.blocks.layers import (
     Linear,
     dropout,
     frozen_copy,
+    mish,
     orthogonal,
+    set_precision,
     sinusoidal_embedding,
 )
 from algorithms.blocks.normalizer import Normalizer
+from algorithms.blocks.optim import gradients
 from algorithms.blocks.rng import Rng, Stream
 
 
@@ -33,6 +36,46 @@ def test_linear_is_a_matrix_product_for_each_seed():
     for k in range(3):
         expected = x[k] @ layer.weight[k] + layer.bias[k]
         torch.testing.assert_close(layer(x)[k], expected)
+
+
+def test_mish_and_its_slope_are_the_definition():
+    x = torch.cat((torch.linspace(-30.0, 30.0, 2001), torch.tensor([-1e4, 1e4])))
+    exact = x.double() * torch.tanh(torch.nn.functional.softplus(x.double()))
+    assert torch.allclose(mish(x).double(), exact, rtol=3e-7, atol=0.0)
+    slope = torch.func.grad(lambda v: mish(v).sum())(x)
+    expected = torch.func.grad(lambda v: torch.nn.functional.mish(v).sum())(x.double())
+    assert torch.allclose(slope.double(), expected, rtol=0.0, atol=5e-6)
+
+
+def test_mixed_precision_rounds_the_operands_of_wide_products_only():
+    net, x = MLP(init(), (5, 64, 64, 2)), inputs(7, 5)
+    exact = net(x)
+    set_precision(net, "mixed")
+
+    def rounded(value):
+        return value.bfloat16().float()
+
+    first, second, last = net.layers
+    hidden = torch.relu(x @ first.weight + first.bias.unsqueeze(1))
+    product = rounded(rounded(hidden) @ rounded(second.weight))
+    hidden = torch.relu(product + second.bias.unsqueeze(1))
+    expected = hidden @ last.weight + last.bias.unsqueeze(1)
+    assert net(x).dtype == torch.float32
+    torch.testing.assert_close(net(x), expected, rtol=0.0, atol=2e-3)  # a sum on a rounding edge
+    assert 0.0 < (net(x) - exact).abs().max() < 0.05
+
+    grads, _ = gradients(net, lambda f: (f(x).square().mean(dim=(1, 2)), {}))
+    set_precision(net, "float32")
+    assert torch.equal(net(x), exact)
+    wanted, _ = gradients(net, lambda f: (f(x).square().mean(dim=(1, 2)), {}))
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - wanted[name]).norm() < 0.02 * wanted[name].norm(), name
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match=r"float16.*expected float32 or mixed"):
+        set_precision(MLP(init(), (5, 64, 2)), "float16")
 
 
 def test_ensemble_shares_its_input_and_keeps_extra_rows():
@@ -92,7 +135,7 @@ def test_mlp_is_linear_norm_activation():
         y = layer(y)
         if i < 2:
             y = torch.nn.functional.mish(mlp.norms[i](y))
-    assert torch.equal(mlp(x), y)
+    torch.testing.assert_close(mlp(x), y, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_keeps_the_mean_and_needs_an_rng():

@@ -308,6 +308,7 @@ def test_the_label_is_not_part_of_the_identity() -> None:
         {"config": {"lr": 0.1, "steps": 11}},
         {"config": {"lr": 0.1000000000000001, "steps": 10}},
         {"seed": 1},
+        {"precision": "mixed"},
         {"evaluation": dataclasses.replace(TRIAL.evaluation, every=1)},
         {"evaluation": dataclasses.replace(TRIAL.evaluation, episodes=1)},
         {"evaluation": dataclasses.replace(TRIAL.evaluation, first_env_seed=1)},
