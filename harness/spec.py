@@ -416,7 +416,7 @@ class _Layer:
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
-    precision: str | None = None
+    precision: Precision | None = None
 
 
 @dataclass
@@ -833,7 +833,7 @@ class _Resolver:
         config: dict[str, Any] = {}
         data: dict[str, Any] = {}
         protocol: dict[str, Any] = {}
-        precision = "float32"
+        precision: Precision = "float32"
         for layer in layers:
             precision = layer.precision or precision
             config.update({key: item for key, item in layer.config.items() if key in fields})
