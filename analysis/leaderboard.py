@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis import stats
-from analysis.load import Cell, MissingScoresError, Scores, Task, load_scores
+from analysis.load import Cell, MissingScoresError, Scores, Task, load_scores, parse_select
 
 if TYPE_CHECKING:
     from results.store import Store
@@ -109,7 +109,7 @@ def build(
 
     Args:
         trial_ids: None for all that ran.
-        select: `last`, `last-K` or `best`.
+        select: `last`, `last-K`, `bc-loss`, `bc-loss-K` or `best`.
         seed: of the bootstrap.
         on_missing: "show" aggregates the methods that are complete on every task with references
             and names the others; "drop-task" compares all methods on the tasks where all are
@@ -197,7 +197,12 @@ def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list
     rule = {
         "last": "last evaluation of a run",
         "best": "BEST evaluation of a run (chosen by test rollouts: optimistic, not offline)",
-    }.get(scores.select, f"mean of the {scores.select.removeprefix('last-')} last evaluations")
+    }.get(scores.select, "")
+    kind, count = parse_select(scores.select)
+    if kind == "bc-loss":
+        rule = f"evaluation at the checkpoint of bc-loss rank {count} (offline: no rollout chooses)"
+    elif not rule:
+        rule = f"mean of the {count} last evaluations"
     lines = [
         "Normalised scores x 100 (0 is ref_min, 100 ref_max); raw returns where a task has no "
         "references",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -139,20 +139,54 @@ def missing_text(missing: Mapping[int, str]) -> str:
 
 
 def parse_select(select: str) -> tuple[str, int]:
-    """The kind of a selection rule and its number of evaluations: ("last", 5) for `last-5`.
+    """The kind of a selection rule and its number: ("last", 5) for `last-5`.
 
     Raises:
-        ValueError: if the rule is none of last, last-K, best.
+        ValueError: if the rule is none of last, last-K, bc-loss, bc-loss-K, best.
     """
     if select == "best":
         return "best", 1
-    found = re.fullmatch(r"last(?:-([1-9]\d*))?", select)
+    found = re.fullmatch(r"(last|bc-loss)(?:-([1-9]\d*))?", select)
     if not found:
         raise ValueError(
             f"selection rule {select!r}; expected last, last-K (mean of the last K evaluations, "
-            "such as last-5) or best"
+            "such as last-5), bc-loss (the checkpoint of the lowest behaviour-cloning loss), "
+            "bc-loss-K (of the K-th lowest) or best"
         )
-    return "last", int(found[1] or 1)
+    return found[1], int(found[2] or 1)
+
+
+def select_by_bc_loss(steps: Sequence[int], losses: pd.DataFrame, rank: int) -> tuple[int, str]:
+    """The evaluation that Diffusion-QL's offline selection reports, and why if there is none.
+
+    A checkpoint's loss is the mean of the training loss since the evaluation before it. Training
+    counts as stopped at the first checkpoint whose loss exceeds the one before; among the
+    checkpoints until then the one with the `rank`-th lowest loss is chosen (Wang et al., 2023:
+    the second or third lowest; the released table's `top_k` is rank - 1). The released code takes
+    the *rank of checkpoint number* top_k instead, which is the same where the loss only falls.
+
+    Args:
+        steps: evaluated gradient steps, ascending.
+        losses: columns step and value, each row a mean over the steps since the row before.
+        rank: 1 is the lowest.
+    Returns:
+        The index into `steps` and an empty text, or -1 and what is missing.
+    """
+    losses = losses.sort_values("step")
+    weight = losses.step.diff().fillna(losses.step)
+    means: list[float] = []
+    start = 0
+    for step in steps:
+        within = (losses.step > start) & (losses.step <= step)
+        if not within.any() or not losses.value[within].map(math.isfinite).all():
+            return -1, f"has no finite bc_loss between steps {start} and {step}"
+        means.append(float((losses.value * weight)[within].sum() / weight[within].sum()))
+        start = step
+        if len(means) > 1 and means[-1] > means[-2]:
+            break
+    if len(means) < rank:
+        return -1, f"has only {len(means)} evaluations until its bc_loss rose"
+    return sorted(range(len(means)), key=means.__getitem__)[rank - 1], ""
 
 
 def read_tasks(store: Store, trials: pd.DataFrame) -> dict[tuple[str, str, str], Task]:
@@ -261,7 +295,11 @@ def _rows(frame: pd.DataFrame) -> Iterator[Any]:
 
 def _settings(row: Any) -> dict[str, str]:
     """All that two trials on one task may differ in besides the seed, flat."""
-    settings = {"algorithm": row.algorithm, "revision": str(row.revision)}
+    settings = {
+        "algorithm": row.algorithm,
+        "revision": str(row.revision),
+        "precision": row.precision,
+    }
     for prefix, block in (("", row.config), ("data.", row.data), ("evaluation.", row.evaluation)):
         for name, value in block.items():
             settings[prefix + name] = value if isinstance(value, str) else canonical_json(value)
@@ -286,8 +324,9 @@ def load_scores(
     Args:
         trial_ids: the trials to look at, run or not; None for all that ever ran. Ids that the
             database does not know cannot be named here: `harness sweep --dry-run` lists them.
-        select: `last`, `last-K` (mean of a run's last K evaluations), or `best` (the largest
-            evaluation, which chooses by test rollouts).
+        select: `last`, `last-K` (mean of a run's last K evaluations), `bc-loss[-K]` (offline, by
+            the training loss: `select_by_bc_loss`), or `best` (the largest evaluation, which
+            chooses by test rollouts).
 
     Raises:
         ValueError: if the rule is unknown.
@@ -306,6 +345,10 @@ def load_scores(
         notes.append(f"{unknown} trials were never planned into this database: not shown")
     means = store.evaluation_means(list(trials.trial_id), statuses=("done",))
     curves = dict(iter(means.groupby("trial_id", sort=False)))
+    losses: dict[str, pd.DataFrame] = {}
+    if kind == "bc-loss":
+        rows = store.metrics(list(trials.trial_id), ["bc_loss"])
+        losses = {str(run): frame for run, frame in rows.groupby("run_id", sort=False)}
     statuses = store.statuses(list(trials.trial_id))
     scores: dict[tuple[str, str], dict[int, float]] = {}
     missing: dict[tuple[str, str], dict[int, str]] = {}
@@ -328,18 +371,26 @@ def load_scores(
         if run is None or run.status != "done" or curve is None:
             missing[key][row.seed] = run.status if run is not None else "never run"
             continue
-        returns = curve.sort_values("step").mean_return
+        curve = curve.sort_values("step")
+        returns = curve.mean_return
         why = ""
-        if len(returns) < count:
+        if kind == "last" and len(returns) < count:
             why = f"has only {len(returns)} evaluations"
         elif not all(map(math.isfinite, returns)):
             why = "has a return that is not finite"
         elif curve.step.max() < last_step[key]:
             why = f"was evaluated only up to step {curve.step.max()} of {last_step[key]}"
+        elif kind == "bc-loss" and run.run_id not in losses:
+            why = "has no metric bc_loss"
+        elif kind == "bc-loss":
+            chosen_index, why = select_by_bc_loss(list(curve.step), losses[run.run_id], count)
         if why:
             missing[key][row.seed] = why
             continue
-        chosen = returns.max() if kind == "best" else returns.tail(count).mean()
+        if kind == "bc-loss":
+            chosen = returns.iloc[chosen_index]
+        else:
+            chosen = returns.max() if kind == "best" else returns.tail(count).mean()
         scores[key][row.seed] = task.score(float(chosen))
         runs.setdefault(key, []).append(run.run_id)
     cells = {

@@ -63,7 +63,8 @@ SelectOption = Annotated[
     str,
     typer.Option(
         "--select",
-        help="Which evaluation counts: last, last-K (mean of the last K), or best "
+        help="Which evaluation counts: last, last-K (mean of the last K), bc-loss or bc-loss-K "
+        "(offline: the checkpoint of the K-th lowest behaviour-cloning loss), or best "
         "(flagged: it chooses by test rollouts).",
     ),
 ]

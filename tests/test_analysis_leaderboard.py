@@ -14,7 +14,7 @@ import pytest
 
 from analysis import leaderboard, plots
 from analysis.load import MissingScoresError, load_scores, parse_select
-from results.records import DatasetRecord, EvalRecord, RunRecord, TrialRecord
+from results.records import DatasetRecord, EvalRecord, MetricRecord, RunRecord, TrialRecord
 from results.store import Store
 
 TIME = "2031-05-06T07:08:09Z"
@@ -285,3 +285,46 @@ def test_importing_analysis_imports_neither_seaborn_nor_pandas():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip() == "[]", out.stderr
+
+
+def with_losses(records, losses):
+    run = next(record.run_id for record in records if isinstance(record, RunRecord))
+    return [*records, *(MetricRecord(run, step, "bc_loss", v) for step, v in losses.items())]
+
+
+FALLING = {5: 9.0, 10: 7.0, 20: 6.0, 30: 5.0, 40: 4.0}
+RISING = {5: 9.0, 10: 1.0, 20: 3.0, 30: 4.0, 40: 0.0}  # stops at 30; 10 and 5 average to 5
+
+
+@pytest.mark.parametrize(
+    ("losses", "select", "expected"),
+    [
+        (FALLING, "bc-loss", 0.4),
+        (FALLING, "bc-loss-2", 0.3),  # the code's quirk and the paper agree here
+        (FALLING, "bc-loss-3", 0.2),
+        (RISING, "bc-loss", 0.2),
+        (RISING, "bc-loss-2", 0.3),
+        (RISING, "bc-loss-3", 0.1),
+    ],
+)
+def test_offline_selection_takes_the_checkpoint_of_that_rank(store, losses, select, expected):
+    curve = {10: [10], 20: [20], 30: [30], 40: [40]}
+    fill(store, [A], with_losses(trial("m", A, 0, returns=curve), losses))
+    scores = load_scores(store, select=select)
+    assert scores.matrix("m") == [[pytest.approx(expected)]]
+    assert not scores.uses_test_rollouts
+
+
+@pytest.mark.parametrize(
+    ("losses", "select", "reason"),
+    [
+        ({}, "bc-loss", "has no metric bc_loss"),
+        ({5: 1.0}, "bc-loss", "no finite bc_loss between steps 10 and 20"),
+        (RISING, "bc-loss-4", "only 3 evaluations until its bc_loss rose"),
+    ],
+)
+def test_offline_selection_names_what_it_lacks(store, losses, select, reason):
+    curve = {10: [10], 20: [20], 30: [30], 40: [40]}
+    fill(store, [A], with_losses(trial("m", A, 0, returns=curve), losses))
+    scores = load_scores(store, select=select)
+    assert reason in scores.gaps("m", scores.tasks)[0]
