@@ -15,30 +15,33 @@ clones the behaviour.
     N             num_candidates      samples to choose from
     gamma         discount
 
-A step is one update of V, Q and target Q on `batch_size` rows, after `actor_updates` updates of the
-actor on `actor_batch_size` rows each. The critic's rows are the first of the actor's, as in the code.
+A step is one update of V, Q and target Q on `batch_size` rows, after `actor_updates` updates of
+the actor on `actor_batch_size` rows each. The critic's rows are the first of the actor's, as in the
+code.
 
 Paper and official code differ, and the code exists in two versions (April and December 2023). The
 default is the paper's protocol, "-A"; presets in hparams/ name "-1" and December's code:
 (1) `actor_updates`, `actor_batch_size`: two updates of 1024 (paper). April's code slices its batch
-of 2048 wrongly, so that one update sees all of it and the other is empty; December's does one of 512.
+of 2048 wrongly, so that one update sees all of it and the other is empty; December's does one of
+512.
 (2) `activation`, `time_dim`, `cond_dim`: Mish, 64, 128 (April); swish, 128, 256 (December).
 (3) `weight_decay`: 0 (April); December's code leaves it to a default of 1e-4 on all parameters.
 (4) `value_input_norm`: layer norm of V's input (December).
 (5) `candidate_choice`: the argmax of Q (code, and better according to the paper); `implicit`
 samples the implied actor. The code is right for the expectile only: its quantile weights can be
 negative and its exponential ones are constant. Here all three follow the formula.
-Deviations: (a) training uses all transitions; the code holds out a random 5 %. (b) the rows of
-a batch depend on the seed; in the code their index stream does not. (c) bounds of
-the actions may differ by dimension; in the code they are [-1, 1]. (d) left out: the exponential
-loss's linear and quadratic continuations, extra passes at the last level (never used), online
-finetuning.
+Deviations: (a) training uses all transitions; the code holds out a random 5 %. (b) the rows of a
+batch depend on the seed; in the code their index stream does not. (c) bounds of the actions may
+differ by dimension; in the code they are [-1, 1]. (d) left out: linear and quadratic continuations
+of the exponential loss, extra passes at the last level (never used), the plain MLP actor, fixed
+time features, online finetuning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,9 +261,8 @@ class IDQL(nn.Module):
         history = []
         for i in range(config.actor_updates):
             part = rows(batch, i * config.actor_batch_size, config.actor_batch_size)
-            grads, metrics = gradients(
-                self.actor, lambda actor, part=part: self.actor_loss(actor, part, rng)
-            )
+            loss = partial(self.actor_loss, batch=part, rng=rng)
+            grads, metrics = gradients(self.actor, loss)
             lr_scale = self.lr_scale(rng.step * config.actor_updates + i)
             if config.weight_decay:
                 decay_weights(self.actor, config.lr * config.weight_decay * lr_scale)

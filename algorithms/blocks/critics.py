@@ -85,7 +85,7 @@ def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
 
 
 def quantile_loss(difference: Tensor, quantile: float) -> Tensor:
-    """Element-wise |quantile - 1[difference < 0]| * |difference|, the value loss of IDQL's second objective."""
+    """Element-wise |quantile - 1[difference < 0]| * |difference| (an option of IDQL)."""
     return torch.where(difference < 0, quantile - 1.0, quantile) * difference
 
 

@@ -336,8 +336,8 @@ def _reward_transform(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any
         spread = float(np.ptp(np.add.reduceat(reward, borders)))
         if not spread > 0.0:
             raise DatasetError(
-                f"dataset {raw.id!r}: data.reward 'trajectory_range' divides by the range of returns "
-                f"of the episodes; there are {len(borders)}, with range {spread}. Use 'none'"
+                f"dataset {raw.id!r}: data.reward 'trajectory_range' divides by the range of "
+                f"the episodes' returns; there are {len(borders)}, with range {spread}. Use 'none'"
             )
         return lambda r: r / spread * 1000.0
     assert data.reward == "iql_locomotion"
