@@ -76,9 +76,7 @@ def statistic(objective: str) -> float:
     low, high = Q.min(), Q.max()
     for _ in range(60):
         middle = 0.5 * (low + high)
-        slope = sum(
-            p * (0.7 if q > middle else 0.3) * (q - middle) for p, q in zip(MU, Q, strict=True)
-        )
+        slope = MU @ (np.where(middle < Q, 0.7, 0.3) * (Q - middle))
         low, high = (middle, high) if slope > 0 else (low, middle)
     return float(low)
 
@@ -564,8 +562,9 @@ def test_choosing_among_clones_finds_the_best_corner_and_cloning_does_not():
         batch_size=96,
         actor_batch_size=96,
         actor_updates=1,
-        lr=1e-3,
-        critic_lr=3e-3,
+        lr=3e-3,
+        critic_lr=1e-2,
+        tau=0.02,
         lr_decay="off",
         denoise_steps=5,
         dropout_rate=0.0,
