@@ -89,7 +89,7 @@ class Config:
     expectile: float = 0.7  # tau in (0, 1) under `expectile`; 0.9 on antmaze
     quantile: float = 0.6  # tau in (0, 1) under `quantile` (paper)
     exponential_scale: float = 1.0  # alpha > 0 under `exponential` (paper)
-    actor_objective: str = "bc"  # row weights: bc (all published results) | soft_ | hard_ | exp_adv
+    actor_objective: str = "bc"  # bc (published results) | soft_adv | hard_adv | exp_adv
     actor_inv_temperature: float = 3.0  # exp_adv: weight exp(this * (Q - V)), at most 100 (code)
     denoise_steps: int = 5  # T
     schedule: str = "vp"  # vp | linear | cosine
