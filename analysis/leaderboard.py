@@ -109,7 +109,7 @@ def build(
 
     Args:
         trial_ids: None for all that ran.
-        select: `last`, `last-K`, `bc-loss`, `bc-loss-K` or `best`.
+        select: `last`, `last-K`, `cloning-loss`, `cloning-loss-K` or `best`.
         seed: of the bootstrap.
         on_missing: "show" aggregates the methods that are complete on every task with references
             and names the others; "drop-task" compares all methods on the tasks where all are
@@ -199,8 +199,8 @@ def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list
         "best": "BEST evaluation of a run (chosen by test rollouts: optimistic, not offline)",
     }.get(scores.select, "")
     kind, count = parse_select(scores.select)
-    if kind == "bc-loss":
-        rule = f"evaluation at the checkpoint of bc-loss rank {count} (offline: no rollout chooses)"
+    if kind == "cloning-loss":
+        rule = f"evaluation at the checkpoint of cloning-loss rank {count} (offline: no rollout chooses)"
     elif not rule:
         rule = f"mean of the {count} last evaluations"
     lines = [

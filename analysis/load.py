@@ -142,16 +142,16 @@ def parse_select(select: str) -> tuple[str, int]:
     """The kind of a selection rule and its number: ("last", 5) for `last-5`.
 
     Raises:
-        ValueError: if the rule is none of last, last-K, bc-loss, bc-loss-K, best.
+        ValueError: if the rule is none of last, last-K, cloning-loss, cloning-loss-K, best.
     """
     if select == "best":
         return "best", 1
-    found = re.fullmatch(r"(last|bc-loss)(?:-([1-9]\d*))?", select)
+    found = re.fullmatch(r"(last|cloning-loss)(?:-([1-9]\d*))?", select)
     if not found:
         raise ValueError(
             f"selection rule {select!r}; expected last, last-K (mean of the last K evaluations, "
-            "such as last-5), bc-loss (the checkpoint of the lowest behaviour-cloning loss), "
-            "bc-loss-K (of the K-th lowest) or best"
+            "such as last-5), cloning-loss (the checkpoint of the lowest behaviour-cloning loss), "
+            "cloning-loss-K (of the K-th lowest) or best"
         )
     return found[1], int(found[2] or 1)
 
@@ -324,7 +324,7 @@ def load_scores(
     Args:
         trial_ids: the trials to look at, run or not; None for all that ever ran. Ids that the
             database does not know cannot be named here: `harness sweep --dry-run` lists them.
-        select: `last`, `last-K` (mean of a run's last K evaluations), `bc-loss[-K]` (offline, by
+        select: `last`, `last-K` (mean of a run's last K evaluations), `cloning-loss[-K]` (offline, by
             the training loss: `select_by_bc_loss`), or `best` (the largest evaluation, which
             chooses by test rollouts).
 
@@ -346,7 +346,7 @@ def load_scores(
     means = store.evaluation_means(list(trials.trial_id), statuses=("done",))
     curves = dict(iter(means.groupby("trial_id", sort=False)))
     losses: dict[str, pd.DataFrame] = {}
-    if kind == "bc-loss":
+    if kind == "cloning-loss":
         rows = store.metrics(list(trials.trial_id), ["bc_loss"])
         losses = {str(run): frame for run, frame in rows.groupby("run_id", sort=False)}
     statuses = store.statuses(list(trials.trial_id))
@@ -380,14 +380,14 @@ def load_scores(
             why = "has a return that is not finite"
         elif curve.step.max() < last_step[key]:
             why = f"was evaluated only up to step {curve.step.max()} of {last_step[key]}"
-        elif kind == "bc-loss" and run.run_id not in losses:
+        elif kind == "cloning-loss" and run.run_id not in losses:
             why = "has no metric bc_loss"
-        elif kind == "bc-loss":
+        elif kind == "cloning-loss":
             chosen_index, why = select_by_bc_loss(list(curve.step), losses[run.run_id], count)
         if why:
             missing[key][row.seed] = why
             continue
-        if kind == "bc-loss":
+        if kind == "cloning-loss":
             chosen = returns.iloc[chosen_index]
         else:
             chosen = returns.max() if kind == "best" else returns.tail(count).mean()

@@ -63,7 +63,7 @@ SelectOption = Annotated[
     str,
     typer.Option(
         "--select",
-        help="Which evaluation counts: last, last-K (mean of the last K), bc-loss or bc-loss-K "
+        help="Which evaluation counts: last, last-K (mean of the last K), cloning-loss or cloning-loss-K "
         "(offline: the checkpoint of the K-th lowest behaviour-cloning loss), or best "
         "(flagged: it chooses by test rollouts).",
     ),
@@ -367,23 +367,27 @@ def algorithms(
     name: Annotated[str | None, typer.Argument(help="Show one algorithm's config.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Registered algorithms, or one algorithm's config fields and their defaults."""
+    """Registered algorithms, or one algorithm's config fields, their defaults and its presets."""
     import dataclasses
 
-    from harness.registry import Registry
+    from harness.registry import Registry, presets_of
 
     registry = Registry()
     if name is not None:
         recipe = registry.get(name)
         defaults = dataclasses.asdict(recipe.config())
+        presets = presets_of(recipe)
         if as_json:
-            print(json.dumps({"name": name, "revision": recipe.revision, "config": defaults}))
+            shown = {"name": name, "revision": recipe.revision, "config": defaults}
+            print(json.dumps({**shown, "presets": presets}))
             return
         console.print(f"[bold]{name}[/bold] revision {recipe.revision}: {recipe.summary}")
         table = Table("field", "default", "type")
         for item in dataclasses.fields(recipe.config):
             table.add_row(item.name, repr(defaults[item.name]), str(item.type))
         console.print(table)
+        for preset, source in presets.items():
+            console.print(f"[bold]preset {preset}[/bold]: {source}")
         return
     rows = [(recipe.name, recipe) for recipe in map(registry.get, registry.names())]
     if as_json:

@@ -243,42 +243,60 @@ def _check_train(stage: Train, where: str) -> None:
 
 
 class Hparams(NamedTuple):
-    """What a recipe's hyperparameter file says about one dataset."""
+    """What a recipe's hyperparameter file says about one dataset, under one of its presets."""
 
     config: dict[str, Any]
     data: dict[str, Any]
     source: str  # the most specific block that applied, and where its values come from
 
 
-def hparams_for(recipe: Recipe, names: Sequence[str]) -> Hparams:
-    """The default block of the recipe's file, then the first block that matches a name.
+def hparams_for(recipe: Recipe, names: Sequence[str], preset: str = "") -> Hparams:
+    """The default block of the recipe's file, the first block that matches a name, the preset.
+
+    Later wins.
 
     Args:
         names: what the dataset is called: as requested, its Minari id, its legacy D4RL id.
+        preset: the name of one of the file's presets, or "" for none.
 
     Raises:
-        FieldError: if the file is not valid; the message names the file and the place in it.
+        FieldError: if the file is not valid, naming the file and the place in it, or if it has no
+            such preset.
     """
-    if recipe.hparams is None:
-        return Hparams({}, {}, "config defaults")
-    blocks = _load_hparams(recipe)
-    default = blocks[0]
-    chosen = [default] if default.given else []
-    for block in blocks[1:]:
+    content = _load_hparams(recipe)
+    chosen = [block for block in content.blocks[:1] if block.given]
+    for block in content.blocks[1:]:
         if any(_matches(name, pattern) for pattern in block.match for name in names):
             chosen.append(block)
             break
+    title, sources = "config defaults", []
+    if chosen:
+        title, sources = chosen[-1].title, [chosen[-1].source]
+    if preset:
+        if preset not in content.presets:
+            raise FieldError(
+                f"unknown preset {preset!r} of {recipe.name!r}. {suggest(preset, content.presets)}"
+            )
+        chosen.append(content.presets[preset])
+        title, sources = f"{title} + preset {preset}", [*sources, chosen[-1].source]
     config: dict[str, Any] = {}
     data: dict[str, Any] = {}
     for block in chosen:
         config.update(block.config)
         data.update(block.data)
-    return Hparams(config, data, str(chosen[-1]) if chosen else "config defaults")
+    source = "; ".join(filter(None, sources))
+    return Hparams(config, data, f"{title} ({source})" if source else title)
+
+
+def presets_of(recipe: Recipe) -> dict[str, str]:
+    """Name -> source of the presets in the recipe's file."""
+    return {name: block.source for name, block in _load_hparams(recipe).presets.items()}
 
 
 def check_hparams(recipe: Recipe) -> int:
-    """Reads and validates the recipe's file; returns its number of blocks."""
-    return len(_load_hparams(recipe)) if recipe.hparams is not None else 0
+    """Reads and validates the recipe's file; returns its number of blocks, presets included."""
+    content = _load_hparams(recipe)
+    return len(content.blocks) + len(content.presets)
 
 
 @dataclass(frozen=True)
@@ -290,20 +308,27 @@ class _Block:
     source: str
     given: bool = True
 
-    def __str__(self) -> str:
-        name = "default" if not self.match else self.match[0]
-        return f"{name} ({self.source})" if self.source else name
+    @property
+    def title(self) -> str:
+        return self.match[0] if self.match else "default"
+
+
+class _File(NamedTuple):
+    blocks: list[_Block]  # the default first
+    presets: dict[str, _Block]
 
 
 def _matches(name: str, pattern: str) -> bool:
     return bool(name) and fnmatchcase(name.casefold(), pattern.casefold())
 
 
-_CACHE: dict[tuple[Path, int, int, type], list[_Block]] = {}
+_CACHE: dict[tuple[Path, int, int, type], _File] = {}
 
 
-def _load_hparams(recipe: Recipe) -> list[_Block]:
-    path = Path(recipe.hparams)  # type: ignore[arg-type]
+def _load_hparams(recipe: Recipe) -> _File:
+    if recipe.hparams is None:
+        return _File([], {})
+    path = Path(recipe.hparams)
     try:
         status = path.stat()
     except OSError as error:
@@ -316,19 +341,25 @@ def _load_hparams(recipe: Recipe) -> list[_Block]:
     return _CACHE[key]
 
 
-def _parse_hparams(recipe: Recipe, path: Path) -> list[_Block]:
+def _parse_hparams(recipe: Recipe, path: Path) -> _File:
     from harness.spec import read_yaml
 
     place = f"{path.name}: "
     content = expect_mapping(read_yaml(path), f"{path.name}")
-    refuse_unknown(content, ("default", "datasets"), place)
+    refuse_unknown(content, ("default", "datasets", "presets"), place)
     blocks = [_parse_block(recipe, content.get("default"), f"{place}default", matching=False)]
     entries = content.get("datasets") or []
     if not isinstance(entries, list):
         raise FieldError(f"{place}datasets: expected a list of blocks with `match`")
     for index, entry in enumerate(entries):
         blocks.append(_parse_block(recipe, entry, f"{place}datasets[{index}]", matching=True))
-    return blocks
+    presets = {}
+    for name, entry in expect_mapping(content.get("presets"), f"{place}presets").items():
+        where = at(f"{place}presets", name)
+        if not _VALID_NAME.fullmatch(name):
+            raise FieldError(f"{where}: the name must be letters, digits, '_', '-' or '.'")
+        presets[name] = _parse_block(recipe, entry, where, matching=False)
+    return _File(blocks, presets)
 
 
 def _parse_block(recipe: Recipe, value: Any, place: str, matching: bool) -> _Block:

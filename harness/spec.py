@@ -1,8 +1,9 @@
 """Experiment files: read, overridden, resolved into trials with a content hash, or refused.
 
 Owns what an experiment file may say and what identifies a trial. Resolution, later wins:
-config defaults < hyperparameter file (default, then the dataset's block) < the experiment's
-`steps`, `config`, `data` < its algorithm block < its cases < the command line.
+config defaults < hyperparameter file (default, the dataset's block, the preset that the algorithm
+block names) < the experiment's `steps`, `config`, `data` < its algorithm block < its cases < the
+command line.
 Owns neither stages (`harness.plan`) nor the meaning of a config (the algorithm's dataclass).
 """
 
@@ -69,7 +70,7 @@ _TOP_KEYS = (
     "cases",
     "run",
 )
-_BLOCK_KEYS = ("algorithm", "config", "data", "steps", "precision")
+_BLOCK_KEYS = ("algorithm", "preset", "config", "data", "steps", "precision")
 _CASE_KEYS = ("algorithm", "dataset", "config", "data", "steps", "precision", "evaluation")
 Precision = Literal["float32", "mixed"]
 _PROTOCOL_KEYS = ("every", "episodes", "first_env_seed")
@@ -653,6 +654,7 @@ class _Resolver:
         self.document = document
         self.registry = registry
         self.catalog = catalog or LocalCatalog()
+        self.presets: dict[str, str] = {}  # label -> preset, "" for none
 
     def experiment(self) -> Experiment:
         document = self.document
@@ -697,7 +699,7 @@ class _Resolver:
         return config_from_dict(RunOptions, values, place)
 
     def _recipes(self) -> dict[str, Recipe]:
-        """Label -> recipe."""
+        """Label -> recipe; notes the preset of each label."""
         from harness.registry import RecipeError, UnknownAlgorithmError
 
         recipes = {}
@@ -710,7 +712,23 @@ class _Resolver:
                 recipes[label] = self.registry.get(name)
             except (UnknownAlgorithmError, RecipeError) as error:
                 raise SpecError(f"{place}: {error}") from error
+            self.presets[label] = self._preset(block, recipes[label], place)
         return recipes
+
+    @staticmethod
+    def _preset(block: Mapping[str, Any], recipe: Recipe, place: str) -> str:
+        from harness.registry import presets_of
+
+        if block.get("preset") is None:
+            return ""
+        place = at(place, "preset")
+        name = convert(str, block["preset"], place)
+        known = presets_of(recipe)
+        if name not in known:
+            raise SpecError(
+                f"{place}: {recipe.name!r} has no preset {name!r}. {suggest(name, known)}"
+            )
+        return name
 
     def _datasets(self) -> list[_Dataset]:
         """The datasets named, in that order; one named in full keeps that name over a glob's."""
@@ -820,7 +838,7 @@ class _Resolver:
         from harness.registry import hparams_for
 
         document = self.document
-        hparams = hparams_for(recipe, dataset.names)
+        hparams = hparams_for(recipe, dataset.names, self.presets[label])
         layers = [_Layer(document.file, hparams.config, hparams.data)]
         layers += [document.experiment_layer(), document.block_layer(label)]
         layers += [

@@ -299,12 +299,12 @@ RISING = {5: 9.0, 10: 1.0, 20: 3.0, 30: 4.0, 40: 0.0}  # stops at 30; 10 and 5 a
 @pytest.mark.parametrize(
     ("losses", "select", "expected"),
     [
-        (FALLING, "bc-loss", 0.4),
-        (FALLING, "bc-loss-2", 0.3),  # the code's quirk and the paper agree here
-        (FALLING, "bc-loss-3", 0.2),
-        (RISING, "bc-loss", 0.2),
-        (RISING, "bc-loss-2", 0.3),
-        (RISING, "bc-loss-3", 0.1),
+        (FALLING, "cloning-loss", 0.4),
+        (FALLING, "cloning-loss-2", 0.3),  # the code's quirk and the paper agree here
+        (FALLING, "cloning-loss-3", 0.2),
+        (RISING, "cloning-loss", 0.2),
+        (RISING, "cloning-loss-2", 0.3),
+        (RISING, "cloning-loss-3", 0.1),
     ],
 )
 def test_offline_selection_takes_the_checkpoint_of_that_rank(store, losses, select, expected):
@@ -318,9 +318,9 @@ def test_offline_selection_takes_the_checkpoint_of_that_rank(store, losses, sele
 @pytest.mark.parametrize(
     ("losses", "select", "reason"),
     [
-        ({}, "bc-loss", "has no metric bc_loss"),
-        ({5: 1.0}, "bc-loss", "no finite bc_loss between steps 10 and 20"),
-        (RISING, "bc-loss-4", "only 3 evaluations until its bc_loss rose"),
+        ({}, "cloning-loss", "has no metric bc_loss"),
+        ({5: 1.0}, "cloning-loss", "no finite bc_loss between steps 10 and 20"),
+        (RISING, "cloning-loss-4", "only 3 evaluations until its bc_loss rose"),
     ],
 )
 def test_offline_selection_names_what_it_lacks(store, losses, select, reason):

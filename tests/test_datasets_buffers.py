@@ -187,6 +187,8 @@ REWARDS = np.array([0.0, 1.0, 4.0, 2.0, 2.0, 1.0])
         ("normalize", (REWARDS - 10 / 6) / np.sqrt(28 / 15)),
         # terminations after rows 2 and 4: returns 5 and 4; the open end does not count
         ("iql_locomotion", REWARDS * 1000.0 / (5.0 - 4.0)),
+        # returns 5, 4 and 1: the open end counts
+        ("trajectory_range", REWARDS * 1000.0 / (5.0 - 1.0)),
     ],
 )
 def test_reward_transforms_have_their_closed_form(name: str, expected: np.ndarray) -> None:
@@ -204,6 +206,14 @@ def test_iql_locomotion_splits_on_terminations_only() -> None:
     np.testing.assert_allclose(dataset.reward.numpy(), REWARDS * 1000 / (7 - 3), rtol=1e-6)
 
 
+def test_trajectory_range_splits_at_every_end_and_spares_what_is_not_drawn() -> None:
+    # Rows 2 and 5 are truncated last steps: returns are 0+1 and 2+2, and halfcheetah has no others.
+    raw = raw_of([3, 3], "LL", REWARDS)
+    dataset = TransitionDataset.from_raw(raw, DataSpec(reward="trajectory_range"))
+    kept = REWARDS[[0, 1, 3, 4]]
+    np.testing.assert_allclose(dataset.reward.numpy(), kept * 1000 / (4 - 1), rtol=1e-6)
+
+
 def test_transforms_are_fitted_on_what_can_be_drawn() -> None:
     raw = raw_of([3, 3], "LT", REWARDS)
     dataset = TransitionDataset.from_raw(raw, DataSpec(reward="normalize"))
@@ -219,6 +229,7 @@ def test_transforms_are_fitted_on_what_can_be_drawn() -> None:
     [
         ("iql_locomotion", REWARDS, "LLL", "there are 0"),
         ("iql_locomotion", np.ones(6), "TTT", "range 0"),
+        ("trajectory_range", np.ones(6), "TTT", "there are 3, with range 0"),
         ("normalize", np.ones(6), "TTT", "standard deviation, which is 0"),
     ],
 )

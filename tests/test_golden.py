@@ -13,19 +13,39 @@ from pathlib import Path
 import pytest
 import torch
 
-from algorithms import bc, diffusion_ql
+from algorithms import bc, diffusion_ql, idql
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import Case, TinyDataset
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 20
 SMALL = diffusion_ql.Config(hidden_dim=32, batch_size=32, clip_norm=1.0, ema_start=10)
+SMALL_IDQL = idql.Config(
+    hidden_dim=32, batch_size=32, actor_batch_size=32, num_candidates=8, steps=STEPS
+)
 TRIALS = {
     "bc": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32)),
     "bc_gaussian": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32, head="gaussian")),
     "diffusion_ql": (diffusion_ql.recipe, SMALL),
     "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL, bc_only=True)),
     "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
+    "idql": (idql.recipe, SMALL_IDQL),
+    "idql_dec2023": (
+        idql.recipe,
+        replace(
+            SMALL_IDQL,
+            actor_updates=1,
+            activation="silu",
+            weight_decay=1e-4,
+            value_input_norm=True,
+            critic_objective="exponential",
+            candidate_choice="implicit",
+        ),
+    ),
+    "idql_quantile": (
+        idql.recipe,
+        replace(SMALL_IDQL, critic_objective="quantile", actor_objective="soft_adv"),
+    ),
 }
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bc, diffusion_ql
+from algorithms import bc, diffusion_ql, idql
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RECIPES = [bc.recipe, diffusion_ql.recipe]
+RECIPES = [bc.recipe, diffusion_ql.recipe, idql.recipe]
 MINARI = [
     *(f"D4RL/antmaze/{m}-v1" for m in ("umaze", "umaze-diverse", "medium-play", "medium-diverse")),
     *(f"D4RL/antmaze/large-{m}-v1" for m in ("play", "diverse")),
@@ -58,13 +58,17 @@ def known_names() -> list[str]:
 
 
 @cache
-def _parsed(path: Path) -> list[dict]:
-    content = yaml.safe_load(path.read_text())
-    return [content["default"], *content["datasets"]]
+def _parsed(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())
 
 
 def blocks(recipe) -> list[dict]:
-    return _parsed(recipe.hparams)
+    content = _parsed(recipe.hparams)
+    return [content["default"], *content["datasets"]]
+
+
+def presets(recipe) -> dict[str, dict]:
+    return _parsed(recipe.hparams).get("presets", {})
 
 
 def first_match(recipe, name: str) -> dict:
@@ -77,7 +81,7 @@ def first_match(recipe, name: str) -> dict:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
 def test_every_block_builds_a_config_and_names_its_source(recipe):
     types = {f.name: type(f.default) for f in fields(recipe.config)}
-    for block in blocks(recipe):
+    for block in [*blocks(recipe), *presets(recipe).values()]:
         assert set(block) <= {"match", "config", "data", "source"}
         assert len(block["source"]) > 10
         recipe.config(**block["config"])
@@ -127,3 +131,48 @@ def test_a_dataset_without_published_settings_gets_the_default_and_it_says_so(na
     block = first_match(diffusion_ql.recipe, name)
     assert block == blocks(diffusion_ql.recipe)[0]
     assert "no published settings" in block["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expectile", "candidates", "reward"),
+    [
+        *((f"{e}-{d}-v2", 0.7, 128, "trajectory_range")
+          for e in ("halfcheetah", "hopper", "walker2d")
+          for d in ("medium", "medium-replay", "medium-expert")),
+        *((f"antmaze-{m}", 0.9, 32, "iql_antmaze")
+          for m in ("umaze-v0", "umaze-diverse-v0", "medium-play-v2", "large-diverse-v2")),
+        ("surrogate/hopper/medium-v0", 0.7, 128, "trajectory_range"),
+        ("surrogate/halfcheetah/medium-v0", 0.7, 128, "trajectory_range"),
+        ("D4RL/antmaze/large-play-v1", 0.9, 32, "iql_antmaze"),
+        ("pen-human-v1", 0.7, 128, None),
+        ("local/pen/expert-v0", 0.7, 128, None),
+        ("D4RL/kitchen/mixed-v2", 0.7, 128, None),
+    ],
+)  # fmt: skip
+def test_idql_uses_the_values_of_the_domain(name, expectile, candidates, reward):
+    block = first_match(idql.recipe, name)
+    config = idql.Config(**block["config"])
+    assert (config.expectile, config.num_candidates) == (expectile, candidates)
+    assert block["data"] == ({} if reward is None else {"reward": reward})
+    assert (config.steps, config.actor_updates) == (1_500_000, 2)
+
+
+# name: critic updates, actor updates, critic batch, actor batch; after the paper and the code.
+IDQL_PROTOCOLS = {
+    "idql-a": (1_500_000, 3_000_000, 256, 1024),
+    "idql-1": (1_000_000, 2_000_000, 256, 1024),
+    "dec2023": (3_000_000, 3_000_000, 512, 512),
+}
+
+
+@pytest.mark.parametrize("name", IDQL_PROTOCOLS)
+def test_idql_presets_are_the_published_protocols(name):
+    config = idql.Config(**presets(idql.recipe)[name]["config"])
+    found = (config.steps, config.steps * config.actor_updates)
+    assert (*found, config.batch_size, config.actor_batch_size) == IDQL_PROTOCOLS[name]
+    assert config.num_candidates == (64 if name == "idql-1" else 128)
+
+
+def test_every_idql_protocol_has_a_preset_and_idql_a_is_the_default():
+    assert set(presets(idql.recipe)) == set(IDQL_PROTOCOLS)
+    assert idql.Config(**presets(idql.recipe)["idql-a"]["config"]) == idql.Config()

@@ -18,6 +18,7 @@ from harness.registry import (
     UnknownAlgorithmError,
     check_hparams,
     hparams_for,
+    presets_of,
 )
 from harness.typed import FieldError
 
@@ -269,6 +270,38 @@ def test_the_first_matching_block_lies_over_the_default(with_hparams: Any) -> No
     assert source == "*"
 
 
+PRESETS = """
+presets:
+  long: {config: {steps: 900}, source: "paper, Table 3"}
+  scaled.v2: {data: {reward: none}}
+"""
+
+
+def test_a_preset_lies_over_the_block_of_the_dataset(with_hparams: Any) -> None:
+    recipe = with_hparams(HPARAMS + PRESETS)
+    assert presets_of(recipe) == {"long": "paper, Table 3", "scaled.v2": ""}
+    assert check_hparams(recipe) == 5
+    config, data, source = hparams_for(recipe, ["hopper-medium-v2"], "long")
+    assert (config, data) == ({"lr": 1.0, "steps": 900}, {"reward": "normalize"})
+    assert source == "hopper-medium-v2 + preset long (code, Table 2; paper, Table 3)"
+    config, data, source = hparams_for(recipe, ["hopper-medium-v2"], "scaled.v2")
+    assert (config, data) == ({"lr": 1.0, "steps": 50}, {"reward": "none"})
+    assert source == "hopper-medium-v2 + preset scaled.v2 (code, Table 2)"
+    assert hparams_for(recipe, ["x"], "long").source == "* + preset long (paper, Table 3)"
+
+
+def test_a_preset_needs_no_other_block(with_hparams: Any) -> None:
+    config, _, source = hparams_for(with_hparams(PRESETS), ["x"], "long")
+    assert (config, source) == ({"steps": 900}, "config defaults + preset long (paper, Table 3)")
+
+
+def test_an_unknown_preset_is_an_error_with_the_nearest_name(with_hparams: Any) -> None:
+    with pytest.raises(FieldError, match=r"preset 'lon' of 'mine'\. Did you mean 'long'\? Known"):
+        hparams_for(with_hparams(PRESETS), ["x"], "lon")
+    with pytest.raises(FieldError, match=r"unknown preset 'long' of 'bc'.*Known: none"):
+        hparams_for(Registry().get("bc"), ["x"], "long")
+
+
 def test_without_a_file_or_a_block_the_config_defaults_apply(with_hparams: Any) -> None:
     assert hparams_for(with_hparams("datasets: []"), ["x"]) == ({}, {}, "config defaults")
 
@@ -289,6 +322,10 @@ def test_without_a_file_or_a_block_the_config_defaults_apply(with_hparams: Any) 
         ("default: {config: {lr: 1, lr: 2}}", "not valid YAML: .*duplicate key lr"),
         ("default: {config: {steps: 1.5}}", "default.config.steps: expected int, got 1.5"),
         ("default: {config: {steps: true}}", "default.config.steps: expected int, got True"),
+        ("presets: [a]", "presets: expected a mapping"),
+        ("presets: {a: {config: {lrr: 1}}}", "mine.yaml: presets.a.config.lrr: .*Did you mean"),
+        ("presets: {a: {match: x}}", "presets.a.match: unknown key"),
+        ("presets: {'a b': {}}", "presets.a b: the name must be letters"),
     ],
 )
 def test_a_mistake_in_the_file_is_an_error_that_names_the_place(
@@ -304,6 +341,6 @@ def test_a_missing_file_is_an_error(site: Path) -> None:
         hparams_for(Registry().get("mine"), ["x"])
 
 
-@pytest.mark.parametrize("name", ["bc", "diffusion_ql"])
+@pytest.mark.parametrize("name", ["bc", "diffusion_ql", "idql"])
 def test_our_own_hyperparameter_files_are_valid(name: str) -> None:
     assert check_hparams(Registry().get(name)) >= 1

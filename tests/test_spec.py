@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -407,6 +408,60 @@ def test_the_command_line_beats_cases_and_the_specific_beats_the_general(load: A
         ("plain", "loop"): (5, 9.0, 1.0, "iql_antmaze", 0.5, 500, 3),
         ("other", "loop"): (5, 8.0, 1.0, "iql_antmaze", 0.99, 500, 3),
     }
+
+
+PRESETS = """
+name: presets
+algorithms:
+  later: {algorithm: idql, preset: dec2023, config: {tau: 0.1}}
+  by_hand:
+    algorithm: idql
+    config: {batch_size: 512, actor_batch_size: 512, actor_updates: 1, activation: silu, tau: 0.1,
+             time_dim: 128, cond_dim: 256, weight_decay: 1e-4, value_input_norm: true}
+    steps: 3000000
+datasets: [hopper-medium-v2]
+seeds: 0
+"""
+
+
+def test_a_preset_lies_between_the_datasets_block_and_the_experiment(load: Any) -> None:
+    (trial,) = load(PRESETS, "algorithms=later").trials
+    assert trial.config["steps"] == 3_000_000  # the preset's
+    assert trial.config["num_candidates"] == 128  # the dataset's
+    assert trial.config["tau"] == 0.1  # the experiment's
+    (shorter,) = load(PRESETS, "algorithms=later", "steps=7").trials
+    assert (shorter.config["steps"], shorter.config["batch_size"]) == (7, 512)
+    (other,) = load(PRESETS, "algorithms=later", "algorithms.later.preset=idql-1").trials
+    assert (other.config["steps"], other.config["num_candidates"]) == (1_000_000, 64)
+    (none,) = load(PRESETS, "algorithms=later", "algorithms.later.preset=null").trials
+    assert none.config["steps"] == 1_500_000
+
+
+def test_identity_follows_from_the_values_and_not_from_the_presets_name(load: Any) -> None:
+    (later,) = load(PRESETS, "algorithms=later").trials
+    (by_hand,) = load(PRESETS, "algorithms=by_hand").trials
+    assert later.id == by_hand.id
+    with pytest.raises(SpecError, match="the same trials as"):
+        load(PRESETS)
+
+
+def test_the_plan_says_which_preset_applied(load: Any) -> None:
+    (origin,) = load(PRESETS, "algorithms=later").origins
+    assert re.search(r"\+ preset dec2023 \(.*; official code of December 2023", origin.hparams)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("dec2032", r"algorithms\.later\.preset: 'idql' has no preset 'dec2032'\. Did you mean"),
+        ("[dec2023]", r"algorithms\.later\.preset: expected str"),
+    ],
+)
+def test_a_preset_that_does_not_exist_is_refused(load: Any, preset: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        load(PRESETS, "algorithms=later", f"algorithms.later.preset={preset}")
+    with pytest.raises(SpecError, match=r"'two_stage' has no preset 'x'\. Known: none"):
+        load(BASE, "algorithms.plain.preset=x")
 
 
 def test_overrides_reach_lists_labels_and_whole_keys(load: Any) -> None:

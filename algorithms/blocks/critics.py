@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from algorithms.api import Rng
-from algorithms.blocks.layers import MLP
+from algorithms.blocks.layers import MLP, LayerNorm
 from algorithms.blocks.optim import per_seed
 
 
@@ -40,7 +41,12 @@ class QEnsemble(nn.Module):
 
 
 class Value(nn.Module):
-    """One state-value network per seed: obs [K, *rows, O] -> [K, *rows]."""
+    """One state-value network per seed: obs [K, *rows, O] -> [K, *rows].
+
+    Args:
+        layer_norm: in the hidden layers.
+        input_norm: layer norm of the observation, eps 1e-6 (IDQL's later code).
+    """
 
     def __init__(
         self,
@@ -49,12 +55,14 @@ class Value(nn.Module):
         hidden_dims: Sequence[int],
         activation: str = "relu",
         layer_norm: bool = False,
+        input_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.norm = LayerNorm(rng, obs_dim, eps=1e-6) if input_norm else nn.Identity()
         self.net = MLP(rng, (obs_dim, *hidden_dims, 1), activation, layer_norm=layer_norm)
 
     def forward(self, obs: Tensor) -> Tensor:
-        return self.net(obs).squeeze(-1)
+        return self.net(self.norm(obs)).squeeze(-1)
 
 
 def td_target(reward: Tensor, terminated: Tensor, next_v: Tensor, discount: float) -> Tensor:
@@ -74,6 +82,50 @@ def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
     """
     weight = torch.where(difference < 0, 1.0 - expectile, expectile)
     return weight * difference.square()
+
+
+def quantile_loss(difference: Tensor, quantile: float) -> Tensor:
+    """Element-wise |quantile - 1[difference < 0]| * |difference| (an option of IDQL)."""
+    return torch.where(difference < 0, quantile - 1.0, quantile) * difference
+
+
+def exponential_loss(difference: Tensor, scale: float, cap: float = 6.0) -> Tensor:
+    """Element-wise (E - 1) * difference, E = min(exp(scale * difference), cap) held constant.
+
+    Its gradient is that of exp(scale u) - scale u, over `scale`, with the exponential capped
+    (IDQL's code). The value itself means nothing.
+    """
+    excess = torch.expm1((scale * difference).clamp(max=math.log(cap)))
+    return excess.detach() * difference
+
+
+def implicit_weights(
+    difference: Tensor, objective: str, parameter: float, cap: float = 6.0, floor: float = 1e-6
+) -> Tensor:
+    """Weights |f'(u)| / |u| of the policy a value loss f implies, u = q - v: any shape to the same.
+
+    V minimises E[f(Q - V)] over the behaviour where it is the mean of Q under behaviour times
+    these weights (IDQL's implied actor); up to a constant factor, not normalised.
+
+    Args:
+        objective: expectile | quantile | exponential; f is the loss of that name above.
+        parameter: its expectile, quantile or scale.
+        cap: of `exponential_loss`.
+        floor: |u| is at least this, so that a candidate at V has a finite weight.
+    Raises:
+        ValueError: for an unknown objective.
+    """
+    if objective == "expectile":
+        return torch.where(difference < 0, 1.0 - parameter, parameter)
+    size = difference.abs().clamp(min=floor)
+    if objective == "quantile":
+        return torch.where(difference < 0, 1.0 - parameter, parameter) / size
+    if objective == "exponential":  # the sign is kept, so that the limit at u = 0 is `parameter`
+        moved = torch.where(difference < 0, -size, size)
+        return torch.expm1((parameter * moved).clamp(max=math.log(cap))).abs() / size
+    raise ValueError(
+        f"objective is {objective!r}; expected one of expectile, quantile, exponential"
+    )
 
 
 def max_q_backup(q: Tensor) -> Tensor:

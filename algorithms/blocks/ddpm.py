@@ -6,6 +6,9 @@ product of alpha = 1 - beta:
     forward    noisy = sqrt(alpha_bar[t]) clean + sqrt(1 - alpha_bar[t]) noise
     denoised   clean_pred = sqrt(1 / alpha_bar[t]) noisy - sqrt(1 / alpha_bar[t] - 1) noise_pred
     posterior  mean = clean_coef[t] clean_pred + noisy_coef[t] noisy, variance posterior_var[t]
+
+Two samplers: `Diffusion.sample` (Diffusion-QL: the clean prediction is clipped, posterior variance)
+and `Diffusion.sample_clipping_iterates` (IDQL: the iterate is clipped, variance beta).
 """
 
 from __future__ import annotations
@@ -78,6 +81,8 @@ class Diffusion(nn.Module):
     clean_coef: Tensor
     noisy_coef: Tensor
     posterior_var: Tensor
+    step_scale: Tensor  # sqrt(1 / alpha)
+    step_noise: Tensor  # beta / sqrt(1 - alpha_bar)
 
     def __init__(self, schedule: str, denoise_steps: int) -> None:
         super().__init__()
@@ -99,6 +104,8 @@ class Diffusion(nn.Module):
             "clean_coef": betas * torch.sqrt(previous) / (1.0 - alpha_bars),
             "noisy_coef": (1.0 - previous) * torch.sqrt(alphas) / (1.0 - alpha_bars),
             "posterior_var": betas * (1.0 - previous) / (1.0 - alpha_bars),
+            "step_scale": torch.sqrt(1.0 / alphas),
+            "step_noise": betas / torch.sqrt(1.0 - alpha_bars),
         }
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
@@ -109,14 +116,18 @@ class Diffusion(nn.Module):
         return alpha_bar.sqrt() * clean + (1.0 - alpha_bar).sqrt() * noise
 
     def noise_loss(self, denoiser: Denoiser, clean: Tensor, obs: Tensor, rng: Rng) -> Tensor:
-        """Squared error of the predicted noise, mean over batch and dimensions: [K].
+        """Squared error of the predicted noise, mean over batch and dimensions: [K]."""
+        return self.noise_errors(denoiser, clean, obs, rng).flatten(1).mean(dim=1)
+
+    def noise_errors(self, denoiser: Denoiser, clean: Tensor, obs: Tensor, rng: Rng) -> Tensor:
+        """Squared error of the predicted noise, entry by entry: [K, *rows, A].
 
         One level per sample, uniform; draws two numbers' sites (levels, noise).
         """
         t = rng.integers(self.denoise_steps, *clean.shape[1:-1])  # [K, *rows]
         noise = rng.normal(*clean.shape[1:])
         noise_pred = denoiser(self.add_noise(clean, t, noise), t, obs)
-        return (noise - noise_pred).square().flatten(1).mean(dim=1)
+        return (noise - noise_pred).square()
 
     def denoise(self, noisy: Tensor, t: int, noise_pred: Tensor) -> Tensor:
         """The clean value a noise prediction at level t stands for."""
@@ -144,6 +155,38 @@ class Diffusion(nn.Module):
             if t > 0:
                 x = x + self.posterior_var[t].sqrt() * noise[..., self.denoise_steps - t, :]
         return x.clamp(low, high)
+
+    def sample_clipping_iterates(
+        self,
+        denoiser: Denoiser,
+        obs: Tensor,
+        low: Tensor,
+        high: Tensor,
+        rng: Rng,
+        noise_scale: float = 1.0,
+    ) -> Tensor:
+        """One sample per row by IDQL's reverse process: [K, *rows, A].
+
+        x <- clip((x - beta / sqrt(1 - alpha_bar) noise_pred) / sqrt(alpha) + sqrt(beta) z), with
+        z = 0 at the last level. Unlike in `sample` the variance is beta, and the iterate itself is
+        clipped, noise included. The noise of all levels is one draw, led by the rows.
+
+        Args:
+            obs: conditions, [K, *rows, O].
+            low, high: bounds of every iterate, [A].
+            noise_scale: factor on z (not on the first iterate); the authors' `ddpm_temperature`.
+        """
+        rows = obs.shape[1:-1]
+        noise = rng.normal(*rows, self.denoise_steps, low.shape[-1])  # [K, *rows, T, A]
+        x = noise[..., 0, :]
+        for t in reversed(range(self.denoise_steps)):
+            level = torch.full((1,) * (obs.dim() - 1), t, device=obs.device)
+            x = self.step_scale[t] * (x - self.step_noise[t] * denoiser(x, level, obs))
+            if t > 0:
+                scale = noise_scale * self.betas[t].sqrt()
+                x = x + scale * noise[..., self.denoise_steps - t, :]
+            x = x.clamp(low, high)
+        return x
 
 
 class NoiseNet(nn.Module):

@@ -133,3 +133,13 @@ class Adam(nn.Module):
             denominator = square.sqrt() / per_seed(square_scale, square) + self.eps
             parameter.sub_(per_seed(step_size, parameter) * mean / denominator)
         return norm
+
+
+def decay_weights(module: nn.Module, amount: Tensor) -> None:
+    """Shrinks every parameter in place: parameter -= amount * parameter, amount [K].
+
+    Before `Adam.step` and with amount = lr * weight_decay this is AdamW (Loshchilov and Hutter,
+    2019): the decay is decoupled from the moments.
+    """
+    for parameter in module.parameters():
+        parameter.sub_(per_seed(amount, parameter) * parameter)

@@ -331,6 +331,15 @@ def _reward_transform(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any
             )
         mean = reward.mean()
         return lambda r: (r - mean) / std
+    if data.reward == "trajectory_range":
+        borders = np.flatnonzero(np.diff(raw.episode_of_step[steps], prepend=-1))
+        spread = float(np.ptp(np.add.reduceat(reward, borders)))
+        if not spread > 0.0:
+            raise DatasetError(
+                f"dataset {raw.id!r}: data.reward 'trajectory_range' divides by the range of "
+                f"the episodes' returns; there are {len(borders)}, with range {spread}. Use 'none'"
+            )
+        return lambda r: r / spread * 1000.0
     assert data.reward == "iql_locomotion"
     ends = np.flatnonzero(raw.terminated[steps])
     if len(ends):

@@ -11,6 +11,7 @@ REWARD_TRANSFORMS = (
     "cql_antmaze",
     "iql_antmaze",
     "iql_locomotion",
+    "trajectory_range",
     "antmaze",
 )
 TRUNCATED_LAST_STEP = ("drop", "keep")
@@ -26,6 +27,8 @@ class DataSpec:
             `iql_antmaze`: r - 1; `antmaze`: 2 (r - 0.25); `iql_locomotion`: 1000 r / (max - min)
             of the returns of trajectories split on terminations only, a trajectory left open at
             the end not counted. Definitions are those of the Diffusion-QL code (`reward_tune`).
+            `trajectory_range`: 1000 r / (max - min) of the returns of all episodes, however they
+            end, over the transitions that can be drawn (the codes of IQL and IDQL, locomotion).
         truncated_last_step: `drop` leaves out the last transition of a time-limited episode, as
             D4RL's `qlearning_dataset` does; `keep` keeps it, with its real next observation.
         top_fraction: keeps the best fraction of episodes by discounted raw return, at least one
