@@ -200,7 +200,7 @@ def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list
     }.get(scores.select, "")
     kind, count = parse_select(scores.select)
     if kind == "cloning-loss":
-        rule = f"evaluation at the checkpoint of cloning-loss rank {count} (offline: no rollout chooses)"
+        rule = f"at the checkpoint of cloning-loss rank {count} (offline: no rollout chooses)"
     elif not rule:
         rule = f"mean of the {count} last evaluations"
     lines = [

@@ -324,9 +324,9 @@ def load_scores(
     Args:
         trial_ids: the trials to look at, run or not; None for all that ever ran. Ids that the
             database does not know cannot be named here: `harness sweep --dry-run` lists them.
-        select: `last`, `last-K` (mean of a run's last K evaluations), `cloning-loss[-K]` (offline, by
-            the training loss: `select_by_bc_loss`), or `best` (the largest evaluation, which
-            chooses by test rollouts).
+        select: `last`, `last-K` (mean of a run's last K evaluations), `cloning-loss[-K]`
+            (offline, by the training loss: `select_by_bc_loss`), or `best` (the largest
+            evaluation, which chooses by test rollouts).
 
     Raises:
         ValueError: if the rule is unknown.

@@ -63,8 +63,8 @@ SelectOption = Annotated[
     str,
     typer.Option(
         "--select",
-        help="Which evaluation counts: last, last-K (mean of the last K), cloning-loss or cloning-loss-K "
-        "(offline: the checkpoint of the K-th lowest behaviour-cloning loss), or best "
+        help="Which evaluation counts: last, last-K (mean of the last K), cloning-loss or "
+        "cloning-loss-K (offline: the checkpoint of the K-th lowest behaviour-cloning loss), or best "
         "(flagged: it chooses by test rollouts).",
     ),
 ]
