@@ -1,19 +1,20 @@
 """First losses of a tiny fixed trial per algorithm and revision.
 
 A change here is a change of numbers: bump the recipe's `revision`, run
-`python tests/test_golden.py`, and explain in the commit.
+`python tests/test_golden.py [name ...]`, and explain in the commit.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from algorithms import bc, diffusion_ql
+from algorithms import bc, diffusion_ql, td3_bc
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import Case, TinyDataset
 
@@ -26,6 +27,7 @@ TRIALS = {
     "diffusion_ql": (diffusion_ql.recipe, SMALL),
     "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL, bc_only=True)),
     "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
+    "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=32, batch_size=32)),
 }
 
 
@@ -37,9 +39,10 @@ def trial(name: str) -> dict:
     rng = Rng.at_step((0,), STEPS, Stream.EVALUATION)
     with torch.no_grad():
         action = learner.act(torch.linspace(-1, 1, 24).view(1, 8, 3), rng)
+    names = dict.fromkeys(name for metrics in history for name in metrics)
     return {
         "revision": recipe.revision,
-        "metrics": {key: [m[key].item() for m in history] for key in history[0]},
+        "metrics": {key: [m[key].item() for m in history if key in m] for key in names},
         "action": action.flatten().tolist(),
     }
 
@@ -58,7 +61,7 @@ def test_numbers_of_this_revision_have_not_changed(name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for trial_name in TRIALS:
+    for trial_name in sys.argv[1:] or TRIALS:
         path = FOLDER / f"{trial_name}.json"
         path.write_text(json.dumps(trial(trial_name), indent=1) + "\n")
         print(path)

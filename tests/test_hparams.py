@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bc, diffusion_ql
+from algorithms import bc, diffusion_ql, td3_bc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RECIPES = [bc.recipe, diffusion_ql.recipe]
+RECIPES = [bc.recipe, diffusion_ql.recipe, td3_bc.recipe]
 MINARI = [
     *(f"D4RL/antmaze/{m}-v1" for m in ("umaze", "umaze-diverse", "medium-play", "medium-diverse")),
     *(f"D4RL/antmaze/large-{m}-v1" for m in ("play", "diverse")),
