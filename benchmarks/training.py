@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from algorithms import bc, diffusion_ql, td3_bc
+from algorithms import bc, diffusion_ql, iql, td3_bc
 from algorithms.api import phase_of
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import COLUMNS, TinyDataset
 
-RECIPES = {recipe.name: recipe for recipe in (bc.recipe, diffusion_ql.recipe, td3_bc.recipe)}
+RECIPES = {module.recipe.name: module.recipe for module in (bc, diffusion_ql, iql, td3_bc)}
 
 
 class DeviceDataset(TinyDataset):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import bc, diffusion_ql, td3_bc
+from algorithms import bc, diffusion_ql, iql, td3_bc
 from algorithms.api import Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
@@ -25,6 +25,14 @@ SMALL_BC = bc.Config(hidden_dim=16, batch_size=16)
 SMALL_QL = diffusion_ql.Config(
     hidden_dim=16, batch_size=16, denoise_steps=3, num_candidates=4, clip_norm=1.0
 )
+CORL_IQL = {
+    "value_in_use": "previous",
+    "q_loss": "mean",
+    "orthogonal_init": False,
+    "normalize_obs": True,
+    "deterministic": True,
+    "dropout_rate": 0.1,
+}
 CONFIGS = {
     "bc": (bc.recipe, SMALL_BC),
     "bc_gaussian": (bc.recipe, replace(SMALL_BC, head="gaussian", sample_actions=True)),
@@ -40,6 +48,8 @@ CONFIGS = {
             max_q_backup=True,
         ),
     ),
+    "iql": (iql.recipe, iql.Config(hidden_dim=16, batch_size=16)),
+    "iql_corl": (iql.recipe, iql.Config(hidden_dim=16, batch_size=16, **CORL_IQL)),
     "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=16, batch_size=16)),
     "td3_bc_every_3rd": (
         td3_bc.recipe,
@@ -56,7 +66,7 @@ def test_contract_holds(name):
 def test_asymmetric_action_bounds_are_kept():
     dataset = TinyDataset()
     dataset.spec = replace(dataset.spec, action_low=(-1.0, 0.0), action_high=(2.0, 0.5))
-    for name in ("bc", "bc_gaussian", "diffusion_ql", "td3_bc"):
+    for name in ("bc", "bc_gaussian", "diffusion_ql", "iql", "td3_bc"):
         check_recipe(*CONFIGS[name], dataset=dataset)
 
 

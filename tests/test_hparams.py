@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bc, diffusion_ql, td3_bc
+from algorithms import bc, diffusion_ql, iql, td3_bc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RECIPES = [bc.recipe, diffusion_ql.recipe, td3_bc.recipe]
+RECIPES = [bc.recipe, diffusion_ql.recipe, iql.recipe, iql.corl_recipe, td3_bc.recipe]
 MINARI = [
     *(f"D4RL/antmaze/{m}-v1" for m in ("umaze", "umaze-diverse", "medium-play", "medium-diverse")),
     *(f"D4RL/antmaze/large-{m}-v1" for m in ("play", "diverse")),
@@ -127,3 +127,54 @@ def test_a_dataset_without_published_settings_gets_the_default_and_it_says_so(na
     block = first_match(diffusion_ql.recipe, name)
     assert block == blocks(diffusion_ql.recipe)[0]
     assert "no published settings" in block["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expectile", "inv_temperature", "dropout_rate", "reward"),
+    [
+        ("walker2d-random-v2", 0.7, 3.0, 0.0, "trajectory_range"),
+        ("hopper-medium-v2", 0.7, 3.0, 0.0, "trajectory_range"),
+        ("surrogate/hopper/medium-v0", 0.7, 3.0, 0.0, "trajectory_range"),
+        ("antmaze-large-play-v0", 0.9, 10.0, 0.0, "iql_antmaze"),
+        ("D4RL/antmaze/umaze-v1", 0.9, 10.0, 0.0, "iql_antmaze"),
+        ("pen-human-v0", 0.7, 0.5, 0.1, "none"),
+        ("kitchen-partial-v0", 0.7, 0.5, 0.1, "none"),
+    ],
+)
+def test_iql_uses_the_official_codes_row(name, expectile, inv_temperature, dropout_rate, reward):
+    block = first_match(iql.recipe, name)
+    config = iql.Config(**block["config"])
+    found = (config.expectile, config.inv_temperature, config.dropout_rate)
+    assert found == (expectile, inv_temperature, dropout_rate)
+    assert block["data"].get("reward", "none") == reward
+
+
+@pytest.mark.parametrize(
+    ("name", "expectile", "inv_temperature", "changes", "reward"),
+    [
+        ("halfcheetah-medium-v2", 0.7, 3.0, {}, "none"),
+        ("hopper-random-v2", 0.7, 3.0, {}, "none"),
+        ("maze2d-umaze-v1", 0.7, 3.0, {}, "none"),
+        ("hopper-medium-v2", 0.7, 3.0, {"deterministic": True, "tau": 0.001}, "corl_locomotion"),
+        ("hopper-medium-replay-v2", 0.7, 3.0, {"deterministic": True, "tau": 0.001},
+         "corl_locomotion"),
+        ("hopper-medium-expert-v2", 0.5, 6.0, {}, "none"),
+        ("door-cloned-v1", 0.8, 3.0, {"dropout_rate": 0.1}, "none"),
+        ("antmaze-umaze-v2", 0.9, 10.0, {}, "iql_antmaze"),
+    ],
+)  # fmt: skip
+def test_iql_corl_adds_its_row_to_its_variant(name, expectile, inv_temperature, changes, reward):
+    default, block = blocks(iql.corl_recipe)[0], first_match(iql.corl_recipe, name)
+    expected = iql.Config(
+        value_in_use="previous",
+        q_loss="mean",
+        log_std_min=-20.0,
+        action_margin=0.0,
+        orthogonal_init=False,
+        normalize_obs=True,
+        expectile=expectile,
+        inv_temperature=inv_temperature,
+        **changes,
+    )
+    assert iql.Config(**default["config"], **block["config"]) == expected
+    assert block["data"].get("reward", "none") == reward
