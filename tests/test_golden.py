@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from algorithms import bc, diffusion_ql, iql, td3_bc
+from algorithms import bc, diffusion_ql, iql, rebrac, td3_bc
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import Case, TinyDataset
 
@@ -30,6 +30,7 @@ TRIALS = {
     "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
     "iql": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32)),
     "iql_corl": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32, **CORL_IQL)),
+    "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=32, batch_size=32)),
     "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=32, batch_size=32)),
 }
 

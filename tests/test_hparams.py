@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bc, diffusion_ql, iql, td3_bc
+from algorithms import bc, diffusion_ql, iql, rebrac, td3_bc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RECIPES = [bc.recipe, diffusion_ql.recipe, iql.recipe, iql.corl_recipe, td3_bc.recipe]
+RECIPES = [
+    bc.recipe,
+    diffusion_ql.recipe,
+    iql.recipe,
+    iql.corl_recipe,
+    rebrac.recipe,
+    td3_bc.recipe,
+]
 MINARI = [
     *(f"D4RL/antmaze/{m}-v1" for m in ("umaze", "umaze-diverse", "medium-play", "medium-diverse")),
     *(f"D4RL/antmaze/large-{m}-v1" for m in ("play", "diverse")),
@@ -178,3 +185,63 @@ def test_iql_corl_adds_its_row_to_its_variant(name, expectile, inv_temperature, 
     )
     assert iql.Config(**default["config"], **block["config"]) == expected
     assert block["data"].get("reward", "none") == reward
+
+
+# name: bc_coef, critic_bc_coef
+REBRAC = """
+halfcheetah-random-v2 0.001 0.1
+halfcheetah-medium-v2 0.001 0.01
+halfcheetah-expert-v2 0.01 0.01
+halfcheetah-medium-expert-v2 0.01 0.1
+halfcheetah-medium-replay-v2 0.01 0.001
+halfcheetah-full-replay-v2 0.001 0.1
+hopper-random-v2 0.001 0.01
+hopper-medium-v2 0.01 0.01
+hopper-expert-v2 0.1 0.1
+hopper-medium-expert-v2 0.1 0.01
+hopper-medium-replay-v2 0.05 0.5
+hopper-full-replay-v2 0.01 0.01
+walker2d-random-v2 0.01 0
+walker2d-medium-v2 0.05 0.1
+walker2d-expert-v2 0.01 0.5
+walker2d-medium-expert-v2 0.01 0.01
+walker2d-medium-replay-v2 0.05 0.01
+walker2d-full-replay-v2 0.01 0.01
+antmaze-umaze-v2 0.003 0.002
+antmaze-umaze-diverse-v2 0.003 0.001
+antmaze-medium-play-v2 0.001 0.0005
+antmaze-medium-diverse-v2 0.001 0
+antmaze-large-play-v2 0.002 0.001
+antmaze-large-diverse-v2 0.002 0.002
+pen-human-v1 0.1 0.5
+pen-cloned-v1 0.05 0.5
+pen-expert-v1 0.01 0.01
+door-human-v1 0.1 0.1
+door-cloned-v1 0.01 0.1
+door-expert-v1 0.05 0.01
+hammer-human-v1 0.01 0.5
+hammer-cloned-v1 0.1 0.5
+hammer-expert-v1 0.01 0.01
+relocate-human-v1 0.1 0.01
+relocate-cloned-v1 0.1 0.01
+relocate-expert-v1 0.05 0.01
+maze2d-umaze-v1 0.003 0.001
+maze2d-medium-v1 0.003 0.001
+maze2d-large-v1 0.003 0.001
+"""
+
+
+@pytest.mark.parametrize("row", REBRAC.strip().splitlines(), ids=lambda r: r.split()[0])
+def test_rebrac_uses_the_published_row_of_its_group(row):
+    name, bc_coef, critic_bc_coef = row.split()
+    block = first_match(rebrac.recipe, name)
+    config = rebrac.Config(**block["config"])
+    assert (config.bc_coef, config.critic_bc_coef) == (float(bc_coef), float(critic_bc_coef))
+    group = (config.lr, config.critic_lr, config.batch_size, config.discount)
+    if name.startswith(("halfcheetah", "hopper", "walker2d")):
+        assert group == (1e-3, 1e-3, 1024, 0.99)
+    elif name.startswith("antmaze"):
+        assert group == (3e-4, 5e-5, 256, 0.999)
+    else:
+        assert group == (3e-4, 3e-4, 256, 0.99)
+    assert block["data"] == ({"reward": "times_100"} if name.startswith("antmaze") else {})
