@@ -21,12 +21,14 @@ from dataclasses import dataclass
 
 import torch
 
-from algorithms import bc, diffusion_ql, iql, rebrac, td3_bc
+from algorithms import bc, cql, diffusion_ql, iql, rebrac, td3_bc
 from algorithms.api import phase_of
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import COLUMNS, TinyDataset
 
-RECIPES = {module.recipe.name: module.recipe for module in (bc, diffusion_ql, iql, rebrac, td3_bc)}
+RECIPES = {
+    module.recipe.name: module.recipe for module in (bc, cql, diffusion_ql, iql, rebrac, td3_bc)
+}
 
 
 class DeviceDataset(TinyDataset):

@@ -96,8 +96,8 @@ def test_tanh_gaussian_scales_and_clamps_its_log_std_for_each_seed():
     head = TanhGaussian(rng(), (3, 16, 2), log_std_range=(-2.0, 2.0))
     x = rng().normal(5, 3)
     raw = head.net(x)[..., 2:]
-    head.multiplier.copy_(torch.tensor([2.0, 1e6]))
-    head.offset.copy_(torch.tensor([0.5, 0.0]))
+    head.multiplier.copy_(torch.tensor([[2.0], [1e6]]))
+    head.offset.copy_(torch.tensor([[0.5], [0.0]]))
     found = head(x)[1]
     torch.testing.assert_close(found[0], 2.0 * raw[0] + 0.5)
     assert set(found[1].flatten().tolist()) <= {-2.0, 2.0}

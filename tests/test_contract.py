@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import bc, diffusion_ql, iql, rebrac, td3_bc
+from algorithms import bc, cql, diffusion_ql, iql, rebrac, td3_bc
 from algorithms.api import Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
@@ -48,6 +48,20 @@ CONFIGS = {
             max_q_backup=True,
         ),
     ),
+    "cql": (cql.recipe, cql.Config(hidden_dim=16, batch_size=16, num_actions=3)),
+    "cql_lagrange": (
+        cql.recipe,
+        cql.Config(
+            hidden_dim=16,
+            batch_size=16,
+            num_actions=2,
+            lagrange=True,
+            max_backup=True,
+            backup_entropy=True,
+            orthogonal_init=False,
+            normalize_obs=False,
+        ),
+    ),
     "iql": (iql.recipe, iql.Config(hidden_dim=16, batch_size=16)),
     "iql_corl": (iql.recipe, iql.Config(hidden_dim=16, batch_size=16, **CORL_IQL)),
     "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=16, batch_size=16)),
@@ -67,7 +81,7 @@ def test_contract_holds(name):
 def test_asymmetric_action_bounds_are_kept():
     dataset = TinyDataset()
     dataset.spec = replace(dataset.spec, action_low=(-1.0, 0.0), action_high=(2.0, 0.5))
-    for name in ("bc", "bc_gaussian", "diffusion_ql", "iql", "rebrac", "td3_bc"):
+    for name in ("bc", "bc_gaussian", "cql", "diffusion_ql", "iql", "rebrac", "td3_bc"):
         check_recipe(*CONFIGS[name], dataset=dataset)
 
 

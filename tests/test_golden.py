@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from algorithms import bc, diffusion_ql, iql, rebrac, td3_bc
+from algorithms import bc, cql, diffusion_ql, iql, rebrac, td3_bc
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import Case, TinyDataset
 
@@ -22,12 +22,15 @@ FOLDER = Path(__file__).parent / "golden"
 STEPS = 20
 SMALL = diffusion_ql.Config(hidden_dim=32, batch_size=32, clip_norm=1.0, ema_start=10)
 CORL_IQL = {"value_in_use": "previous", "q_loss": "mean", "normalize_obs": True}
+LAGRANGE = {"lagrange": True, "target_gap": 0.8, "max_backup": True, "critic_layers": 5}
 TRIALS = {
     "bc": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32)),
     "bc_gaussian": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32, head="gaussian")),
     "diffusion_ql": (diffusion_ql.recipe, SMALL),
     "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL, bc_only=True)),
     "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
+    "cql": (cql.recipe, cql.Config(hidden_dim=32, batch_size=32)),
+    "cql_lagrange": (cql.recipe, cql.Config(hidden_dim=32, batch_size=32, **LAGRANGE)),
     "iql": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32)),
     "iql_corl": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32, **CORL_IQL)),
     "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=32, batch_size=32)),

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bc, diffusion_ql, iql, rebrac, td3_bc
+from algorithms import bc, cql, diffusion_ql, iql, rebrac, td3_bc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = [
     bc.recipe,
+    cql.recipe,
     diffusion_ql.recipe,
     iql.recipe,
     iql.corl_recipe,
@@ -245,3 +246,24 @@ def test_rebrac_uses_the_published_row_of_its_group(row):
     else:
         assert group == (3e-4, 3e-4, 256, 0.99)
     assert block["data"] == ({"reward": "times_100"} if name.startswith("antmaze") else {})
+
+
+ANTMAZE_CQL = {"lagrange": True, "target_gap": 0.8, "max_backup": True, "gap_min": -200.0,
+               "critic_layers": 5, "normalize_obs": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "cql_coef", "lr", "changes", "reward"),
+    [
+        ("walker2d-full-replay-v2", 10.0, 3e-5, {}, "none"),
+        ("hopper-medium-v2", 10.0, 3e-5, {}, "corl_locomotion"),
+        ("hopper-medium-replay-v2", 10.0, 3e-5, {}, "none"),
+        ("antmaze-medium-play-v2", 5.0, 1e-4, ANTMAZE_CQL, "corl_antmaze"),
+        ("relocate-human-v1", 1.0, 1e-4, {}, "none"),
+        ("maze2d-large-v1", 10.0, 3e-5, {"lagrange": True, "target_gap": 5.0}, "none"),
+    ],
+)
+def test_cql_uses_corls_row_of_the_group(name, cql_coef, lr, changes, reward):
+    block = first_match(cql.recipe, name)
+    assert cql.Config(**block["config"]) == cql.Config(cql_coef=cql_coef, lr=lr, **changes)
+    assert block["data"].get("reward", "none") == reward

@@ -91,8 +91,8 @@ class TanhGaussian(nn.Module):
         # The layer's own initialisation is uniform in +-1/sqrt(fan_in).
         last.weight.mul_(output_gain * math.sqrt(6.0 / (fan_in + fan_out)) * math.sqrt(fan_in))
         last.bias.zero_()
-        scalar = torch.ones(rng.step.shape[0], device=rng.step.device)
-        self.multiplier = constant(scalar * multiplier)  # [K]
+        scalar = torch.ones(rng.step.shape[0], 1, device=rng.step.device)
+        self.multiplier = constant(scalar * multiplier)  # [K, 1]
         self.offset = constant(scalar * offset)
         self.log_std_range = log_std_range
 
