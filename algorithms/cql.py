@@ -103,7 +103,7 @@ class Critics(nn.Module):
         )
         if not config.orthogonal_init:
             for group in self.groups:
-                last = group.net.layers[-1]
+                last: Any = group.get_submodule("net.layers")[-1]  # type: ignore[index]
                 fan_in = last.weight.shape[-2]  # Xavier's bound over the layer's own 1/sqrt(in)
                 last.weight.mul_(OUTPUT_GAIN * math.sqrt(6.0 * fan_in / (fan_in + 1)))
                 last.bias.zero_()
@@ -195,7 +195,8 @@ class CQL(nn.Module):
         self, actor: Any, obs: Tensor, noise: Tensor, entropy_coef: Tensor
     ) -> tuple[Tensor, Metrics]:
         """SAC: entropy_coef * log pi - min Q, mean over the batch, [K]."""
-        unit, log_pi = tanh_normal(*actor(obs), noise)
+        mean, log_std = actor(obs)
+        unit, log_pi = tanh_normal(mean, log_std, noise)
         q = self.critic(obs, self.bounds.stretch(unit)).amin(dim=1)  # [K, B]
         per_seed = (entropy_coef.unsqueeze(1) * log_pi - q).mean(dim=-1)
         return per_seed, {"actor_loss": per_seed, "log_pi": log_pi.mean(dim=-1)}

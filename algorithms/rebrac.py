@@ -91,10 +91,10 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = MLP(rng, sizes, ensemble=ensemble).layers
-        for layer in self.layers[:-1]:
+        layers: list[Any] = list(self.layers)
+        for layer in layers[:-1]:
             layer.bias.fill_(HIDDEN_BIAS)
-        last = self.layers[-1]
-        for parameter in (last.weight, last.bias):  # uniform in +-1/sqrt(in) so far
+        for parameter in (layers[-1].weight, layers[-1].bias):  # uniform in +-1/sqrt(in) so far
             parameter.mul_(output * math.sqrt(sizes[-2]))
         self.norms = nn.ModuleList(
             LayerNorm(rng, width, ensemble, NORM_EPS) for width in sizes[1:-1] if layer_norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class TanhGaussian(nn.Module):
     ) -> None:
         super().__init__()
         self.net = MLP(rng, (*sizes[:-1], 2 * sizes[-1]))
-        last = self.net.layers[-1]
+        last: Any = self.net.layers[-1]
         fan_in, fan_out = last.weight.shape[-2:]
         # The layer's own initialisation is uniform in +-1/sqrt(fan_in).
         last.weight.mul_(output_gain * math.sqrt(6.0 / (fan_in + fan_out)) * math.sqrt(fan_in))

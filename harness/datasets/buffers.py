@@ -404,7 +404,8 @@ def _over_range(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any:
 
 def _ends_by_length(terminated: np.ndarray, limit: int) -> np.ndarray:
     """Last indices of pieces that end at a termination or when they have `limit` steps."""
-    ends, start = [], 0
+    ends: list[int] = []
+    start = 0
     for stop in np.append(np.flatnonzero(terminated), len(terminated)):
         ends.extend(range(start + limit - 1, int(stop), limit))
         if stop < len(terminated):
