@@ -31,6 +31,7 @@ class Batch:
     next_obs: Tensor  # [K, B, O]
     terminated: Tensor  # [K, B]
     truncated: Tensor  # [K, B]
+    next_action: Tensor | None = None  # [K, B, A], only if asked for; see `Dataset.transitions`
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,13 @@ class Dataset(Protocol):
 
     spec: DatasetSpec
 
-    def transitions(self, rng: Rng, batch_size: int) -> Batch:
-        """Uniform draws with replacement, independent for each seed: [K, B, ...]."""
+    def transitions(self, rng: Rng, batch_size: int, next_action: bool = False) -> Batch:
+        """Uniform draws with replacement, independent for each seed: [K, B, ...].
+
+        Args:
+            next_action: also the action the data take at `next_obs`. There is none where the
+                episode ends (`terminated` or `truncated` is 1); it is zero there.
+        """
 
     def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
         """Windows of consecutive steps that never cross an episode border: [K, B, L, ...]."""
@@ -103,6 +109,10 @@ class Learner(Protocol):
     Everything that changes during training is a registered parameter or buffer led by K, and no
     parameter requires grad (gradients come from `blocks.optim.gradients`). A learner may also
     have `refresh_every: int` and `refresh(dataset, rng) -> Dataset`.
+
+    What is done only in some steps (a delayed policy update) needs no branch on a tensor: with
+    `period: int` the step is called as `update(batch, rng, phase)`, where `phase` is the Python int
+    `step % period`, and is compiled once for each. Phases may return different metrics.
     """
 
     def sample(self, dataset: Dataset, rng: Rng) -> Batch: ...
@@ -113,6 +123,12 @@ class Learner(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
+
+
+def phase_of(learner: Any, step: int) -> tuple[int, ...]:
+    """What `update` is given after batch and rng: nothing, or the phase if there is a `period`."""
+    period = getattr(learner, "period", None)
+    return () if period is None else (step % period,)
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -31,11 +31,13 @@ from algorithms.api import (
     StageInput,
     Statistics,
     Train,
+    phase_of,
 )
 from algorithms.blocks.rng import Rng, RowRng, Stream
 
 State = dict[str, Tensor]
-COLUMNS = tuple(f.name for f in fields(Batch))  # here because dynamo does not trace `fields`
+# Here because dynamo does not trace `fields`; without the optional `next_action`.
+COLUMNS = tuple(f.name for f in fields(Batch) if f.default is MISSING)
 
 
 class ContractError(AssertionError):
@@ -70,6 +72,7 @@ class TinyDataset:
         odd = (torch.arange(size) // episode_length) % 2 == 1
         self.terminated = (last & odd).float()
         self.truncated = (last & ~odd).float()
+        self.next_action = torch.where(last[:, None], 0.0, self.action.roll(-1, 0))
         self.episode_length, self.num_episodes = episode_length, num_episodes
         self.synthetic: Batch | None = None
         self.fraction = 0.0
@@ -94,12 +97,13 @@ class TinyDataset:
             ),
         )
 
-    def _rows(self, index: Tensor) -> Batch:
-        return Batch(**{name: getattr(self, name)[index] for name in COLUMNS})
+    def _rows(self, index: Tensor, names: tuple[str, ...] = COLUMNS) -> Batch:
+        return Batch(**{name: getattr(self, name)[index] for name in names})
 
-    def transitions(self, rng: Rng, batch_size: int) -> Batch:
+    def transitions(self, rng: Rng, batch_size: int, next_action: bool = False) -> Batch:
         count = round(self.fraction * batch_size)
-        batch = self._rows(rng.integers(self.spec.num_steps, batch_size - count))
+        names = (*COLUMNS, "next_action") if next_action else COLUMNS
+        batch = self._rows(rng.integers(self.spec.num_steps, batch_size - count), names)
         if self.synthetic is None or count == 0:
             return batch
         extra = self.synthetic
@@ -108,7 +112,7 @@ class TinyDataset:
         return Batch(
             **{
                 name: torch.cat((getattr(batch, name), getattr(extra, name)[seed, pick]), dim=1)
-                for name in COLUMNS
+                for name in names
             }
         )
 
@@ -152,15 +156,15 @@ class Case:
         """`steps` updates from step `start`; `wrap` may compile the step."""
         seed_tensor = torch.tensor(self.seeds if seeds is None else seeds)
 
-        def one_step(step: Tensor) -> Metrics:
+        def one_step(step: Tensor, phase: tuple[int, ...]) -> Metrics:
             rng = Rng(seed_tensor, step, Stream.TRAIN)
-            return learner.update(learner.sample(self.dataset, rng), rng)
+            return learner.update(learner.sample(self.dataset, rng), rng, *phase)
 
         wrapped = wrap(one_step)
         history = []
         with torch.no_grad():
             for i in range(start, start + self.steps):
-                metrics = wrapped(torch.full_like(seed_tensor, i))
+                metrics = wrapped(torch.full_like(seed_tensor, i), phase_of(learner, i))
                 history.append({name: value.clone() for name, value in metrics.items()})
         return history
 
@@ -323,7 +327,7 @@ def check_isolation(case: Case) -> None:
 
 
 def check_one_graph(case: Case) -> None:
-    """The step traces as one graph, is traced once for all steps, and equals eager."""
+    """The step traces as one graph, is traced once for each phase, and equals eager."""
     graphs = 0
 
     def backend(graph: Any, _: Any) -> Any:
@@ -342,10 +346,12 @@ def check_one_graph(case: Case) -> None:
             "the step does not trace as one graph; no .item(), no Python branch on a tensor, no "
             f"shapes that depend on data. torch says: {error}"
         ) from error
-    if graphs != 1:
+    expected = len({phase_of(eager, step) for step in range(case.steps)})
+    if graphs != expected:
         raise ContractError(
-            f"the step was traced {graphs} times in {case.steps} steps; expected once. A Python "
-            "number that changes with the step becomes a constant of the graph: use a tensor"
+            f"the step was traced {graphs} times in {case.steps} steps; expected {expected}: once, "
+            "or once for each phase of a learner with a `period`. A Python number "
+            "that changes with the step becomes a constant of the graph: use a tensor"
         )
     for one, two in zip(found, case.train(eager), strict=True):
         _same(one, two, "a traced step must equal the eager one")

@@ -1,8 +1,8 @@
-"""Training speed: seeds x gradient steps per second of Diffusion-QL, by size of the stack.
+"""Training speed: seeds x gradient steps per second of an algorithm, by size of the stack.
 
     python benchmarks/training.py [--quick] [--device cpu] [--algorithm diffusion_ql] [--tf32]
 
-Published size (3 x 256, 5 denoising steps, batch 256) on data of Hopper's shape (11 observations,
+Published size (the defaults of its config) on data of Hopper's shape (11 observations,
 3 actions). For each stack size K it times the same steps eager and compiled, one after the other;
 the ratio to K = 1 of the same mode is what to read. Memory is the peak while stepping less the peak
 before the learner was built, divided by K: of the allocator on a GPU; on a CPU of the process, so
@@ -21,12 +21,15 @@ from dataclasses import dataclass
 
 import torch
 
-from algorithms import bc, diffusion_ql
-from algorithms.api import Batch
+from algorithms import bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms.api import phase_of
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import COLUMNS, TinyDataset
 
-RECIPES = {"bc": bc.recipe, "diffusion_ql": diffusion_ql.recipe}
+RECIPES = {
+    module.recipe.name: module.recipe
+    for module in (bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc)
+}
 
 
 class DeviceDataset(TinyDataset):
@@ -34,11 +37,8 @@ class DeviceDataset(TinyDataset):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(obs_dim=11, action_dim=3, num_episodes=100, episode_length=1000)
-        for name in COLUMNS:
+        for name in (*COLUMNS, "next_action"):
             setattr(self, name, getattr(self, name).to(device))
-
-    def transitions(self, rng: Rng, batch_size: int) -> Batch:
-        return self._rows(rng.integers(self.spec.num_steps, batch_size))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def memory(device: torch.device) -> int:
 def measure(
     algorithm: str, seeds: int, mode: str, device_name: str, threads: int, tf32: bool, budget: float
 ) -> Row:
-    """Times steps for about `budget` seconds after two that are not counted."""
+    """Times steps for about `budget` seconds after two of each phase that are not counted."""
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     device = torch.device(device_name)
@@ -79,25 +79,29 @@ def measure(
     stage = recipe.stages(recipe.config())[0]
     learner = stage.learner(stage.config, dataset.spec, range(seeds)).to(device)
     seed_tensor = torch.arange(seeds, device=device)
-    step_tensor = torch.zeros_like(seed_tensor)
 
-    def step(step_number: torch.Tensor) -> dict[str, torch.Tensor]:
+    def step(step_number: torch.Tensor, phase: tuple[int, ...]) -> dict[str, torch.Tensor]:
         rng = Rng(seed_tensor, step_number, Stream.TRAIN)
-        return learner.update(learner.sample(dataset, rng), rng)
+        return learner.update(learner.sample(dataset, rng), rng, *phase)
 
-    run = torch.compile(step, fullgraph=True, dynamic=False) if mode == "compiled" else step
+    compute = torch.compile(step, fullgraph=True, dynamic=False) if mode == "compiled" else step
+    period = getattr(learner, "period", 1)
+
+    def run(number: int) -> None:
+        compute(torch.full_like(seed_tensor, number), phase_of(learner, number))
+
     with torch.no_grad():
         start = time.perf_counter()
-        run(step_tensor)
+        for number in range(period):
+            run(number)
         synchronize(device)
         first_call = time.perf_counter() - start
-        step_tensor = step_tensor + 1
-        run(step_tensor)
+        for number in range(period):
+            run(number)
         synchronize(device)
         count, start = 0, time.perf_counter()
         while count < 3 or time.perf_counter() - start < budget:
-            step_tensor = step_tensor + 1
-            run(step_tensor)
+            run(count)
             count += 1
             if count % 10 == 0 or device.type == "cpu":
                 synchronize(device)

@@ -64,7 +64,7 @@ SelectOption = Annotated[
     typer.Option(
         "--select",
         help="Which evaluation counts: last, last-K (mean of the last K), cloning-loss or "
-        "cloning-loss-K (offline: the checkpoint of the K-th lowest behaviour-cloning loss), or best "
+        "cloning-loss-K (offline: the checkpoint of the K-th lowest such loss), or best "
         "(flagged: it chooses by test rollouts).",
     ),
 ]

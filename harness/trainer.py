@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from algorithms.api import Dataset, Learner
+from algorithms.api import Dataset, Learner, phase_of
 from algorithms.blocks.rng import Rng, Stream
 from harness.provenance import compiler
 
@@ -45,12 +45,13 @@ class Chunk:
     diverged: dict[int, Divergence]  # seed index -> where, for seeds not finite in this chunk
     num_steps: int
     seconds: float
-    first_call_seconds: float  # of those, the first call of a compiled step (0 afterwards)
+    first_call_seconds: float  # of those, the first calls of a compiled step (0 afterwards)
+    first_calls: int = 0  # how many: a compiled step has one for each phase of its learner
 
     @property
     def steps_per_second(self) -> float:
-        """Gradient steps of the whole stack per second, without the first call's compiling."""
-        counted = self.num_steps - (self.first_call_seconds > 0)
+        """Gradient steps of the whole stack per second, without the first calls' compiling."""
+        counted = self.num_steps - self.first_calls
         seconds = self.seconds - self.first_call_seconds
         return counted / seconds if counted and seconds > 0 else 0.0
 
@@ -122,7 +123,7 @@ class Trainer:
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self.step = torch.zeros(len(seeds), dtype=torch.int64, device=device)
         self._steps_done = 0
-        self._called = False
+        self._called: set[tuple[int, ...]] = set()  # phases whose step was called
         self._step_function = (
             torch.compile(self._one_step, fullgraph=True, dynamic=False)
             if compile_step
@@ -134,10 +135,10 @@ class Trainer:
         """Gradient steps done so far, the same for all seeds."""
         return self._steps_done
 
-    def _one_step(self) -> tuple[tuple[str, ...], Tensor]:
+    def _one_step(self, phase: tuple[int, ...]) -> tuple[tuple[str, ...], Tensor]:
         rng = Rng(self.seeds, self.step, Stream.TRAIN)
         batch = self.learner.sample(self.dataset, rng)
-        metrics = self.learner.update(batch, rng)
+        metrics = self.learner.update(batch, rng, *phase)
         self.step.add_(1)
         return tuple(metrics), torch.stack(list(metrics.values()))  # [M, K]
 
@@ -147,35 +148,37 @@ class Trainer:
         Raises:
             ValueError: if a metric does not have shape [K].
         """
-        started = time.perf_counter()
-        first_call_seconds = 0.0
-        total: Tensor | None = None
-        names: tuple[str, ...] = ()
-        with torch.no_grad():
-            for _ in range(num_steps):
-                names, values = self._step_function()
-                if total is None:
-                    self._check_shape(names, values)
-                    total = torch.zeros_like(values, dtype=torch.float64)
-                    first_bad = torch.full_like(values, -1, dtype=torch.int64)
-                    if not self._called and self.compiled:
-                        first_call_seconds = time.perf_counter() - started
-                    self._called = True
-                total += values
-                newly_bad = ~torch.isfinite(values) & (first_bad < 0)
-                first_bad = torch.where(newly_bad, self.step, first_bad)
-        if total is None:
+        if num_steps < 1:
             raise ValueError(f"num_steps is {num_steps}; expected at least 1")
+        started = time.perf_counter()
+        first_calls, first_call_seconds = 0, 0.0
+        sums: dict[tuple[int, ...], _Sums] = {}
+        with torch.no_grad():
+            for step in range(self._steps_done, self._steps_done + num_steps):
+                phase = phase_of(self.learner, step)
+                called = time.perf_counter()
+                names, values = self._step_function(phase)
+                if phase not in sums:
+                    self._check_shape(names, values)
+                    sums[phase] = _Sums.of(names, values)
+                    if phase not in self._called and self.compiled:
+                        first_calls += 1
+                        first_call_seconds += time.perf_counter() - called
+                    self._called.add(phase)
+                sums[phase].add(values, self.step)
         self._steps_done += num_steps
-        means = (total / num_steps).cpu()
-        bad = first_bad.cpu()
+        rows = tuple(name for each in sums.values() for name in each.names)
+        means = torch.cat([each.total / each.count for each in sums.values()]).cpu()
+        bad = torch.cat([each.first_bad for each in sums.values()]).cpu()
+        weights = torch.tensor([each.count for each in sums.values() for _ in each.names])
         return Chunk(
             step=self._steps_done,
-            metrics={name: means[i].tolist() for i, name in enumerate(names)},
-            diverged=_first_divergence(names, bad),
+            metrics=_mean_by_name(rows, means, weights),
+            diverged=_first_divergence(rows, bad),
             num_steps=num_steps,
             seconds=time.perf_counter() - started,
             first_call_seconds=first_call_seconds,
+            first_calls=first_calls,
         )
 
     def _check_shape(self, names: tuple[str, ...], values: Tensor) -> None:
@@ -230,6 +233,37 @@ def stack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One state led by K from K states led by 1, without the trainer's own entries."""
     names = [name for name in states[0] if name != STEP_KEY]
     return {name: torch.cat([state[name] for state in states]) for name in names}
+
+
+@dataclass
+class _Sums:
+    """What the steps of one phase add up to within a chunk."""
+
+    names: tuple[str, ...]
+    total: Tensor  # [M, K]
+    first_bad: Tensor  # [M, K], the first step that was not finite, or -1
+    count: int = 0
+
+    @classmethod
+    def of(cls, names: tuple[str, ...], values: Tensor) -> _Sums:
+        zeros = torch.zeros_like(values, dtype=torch.float64)
+        return cls(names, zeros, torch.full_like(values, -1, dtype=torch.int64))
+
+    def add(self, values: Tensor, step: Tensor) -> None:
+        self.total += values
+        newly_bad = ~torch.isfinite(values) & (self.first_bad < 0)
+        self.first_bad = torch.where(newly_bad, step, self.first_bad)
+        self.count += 1
+
+
+def _mean_by_name(rows: tuple[str, ...], means: Tensor, weights: Tensor) -> dict[str, list[float]]:
+    """Means over the steps that had the metric; phases that share one are joined by weight."""
+    found: dict[str, list[float]] = {}
+    for name in dict.fromkeys(rows):
+        at = [i for i, row in enumerate(rows) if row == name]
+        share = weights[at] / weights[at].sum()
+        found[name] = (means[at] * share.double().unsqueeze(1)).sum(dim=0).tolist()
+    return found
 
 
 def _first_divergence(names: tuple[str, ...], first_bad: Tensor) -> dict[int, Divergence]:

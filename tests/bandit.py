@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from algorithms.api import Statistics
+from algorithms.api import Statistics, phase_of
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import TinyDataset
 
@@ -38,7 +38,7 @@ def train(learner, dataset, seeds, steps: int):
     with torch.no_grad():
         for i in range(steps):
             rng = Rng(tensor, torch.full_like(tensor, i), Stream.TRAIN)
-            metrics = learner.update(learner.sample(dataset, rng), rng)
+            metrics = learner.update(learner.sample(dataset, rng), rng, *phase_of(learner, i))
     return learner, metrics
 
 

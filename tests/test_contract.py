@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import bc, diffusion_ql, idql
+from algorithms import bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
 from algorithms.api import Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
@@ -37,6 +37,14 @@ SMALL_IDQL = idql.Config(
     denoise_steps=3,
     num_candidates=4,
 )
+CORL_IQL = {
+    "value_in_use": "previous",
+    "q_loss": "mean",
+    "orthogonal_init": False,
+    "normalize_obs": True,
+    "deterministic": True,
+    "dropout_rate": 0.1,
+}
 CONFIGS = {
     "bc": (bc.recipe, SMALL_BC),
     "bc_gaussian": (bc.recipe, replace(SMALL_BC, head="gaussian", sample_actions=True)),
@@ -66,6 +74,28 @@ CONFIGS = {
             actor_objective="exp_adv",
         ),
     ),
+    "cql": (cql.recipe, cql.Config(hidden_dim=16, batch_size=16, num_actions=3)),
+    "cql_lagrange": (
+        cql.recipe,
+        cql.Config(
+            hidden_dim=16,
+            batch_size=16,
+            num_actions=2,
+            lagrange=True,
+            max_backup=True,
+            backup_entropy=True,
+            orthogonal_init=False,
+            normalize_obs=False,
+        ),
+    ),
+    "iql": (iql.recipe, iql.Config(hidden_dim=16, batch_size=16)),
+    "iql_corl": (iql.recipe, iql.Config(hidden_dim=16, batch_size=16, **CORL_IQL)),
+    "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=16, batch_size=16)),
+    "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=16, batch_size=16)),
+    "td3_bc_every_3rd": (
+        td3_bc.recipe,
+        td3_bc.Config(hidden_dim=16, batch_size=16, policy_every=3, normalize_obs=False),
+    ),
 }
 
 
@@ -77,7 +107,7 @@ def test_contract_holds(name):
 def test_asymmetric_action_bounds_are_kept():
     dataset = TinyDataset()
     dataset.spec = replace(dataset.spec, action_low=(-1.0, 0.0), action_high=(2.0, 0.5))
-    for name in ("bc", "bc_gaussian", "diffusion_ql", "idql"):
+    for name in ("bc", "bc_gaussian", "cql", "diffusion_ql", "idql", "iql", "rebrac", "td3_bc"):
         check_recipe(*CONFIGS[name], dataset=dataset)
 
 

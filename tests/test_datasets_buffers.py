@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from algorithms.api import Batch, Dataset
 from harness.datasets import DatasetError, DataSpec, load
-from harness.datasets.buffers import TransitionDataset
+from harness.datasets.buffers import TransitionDataset, _ends_by_length
 from harness.datasets.layout import Leaf
 from harness.datasets.minari import RawDataset
 
@@ -133,6 +133,64 @@ def test_transitions_are_exactly_those_of_a_loop_over_episodes(
     assert rows_of(dataset.transitions(Everything(1), len(expected))) == expected
 
 
+@given(episodes, st.sampled_from(["drop", "keep"]))
+@settings(max_examples=60, deadline=None)
+def test_next_actions_are_those_of_a_loop_and_zero_where_an_episode_ends(
+    shape: list[tuple[int, str]], last: str
+) -> None:
+    raw = raw_of([n for n, _ in shape], "".join(e for _, e in shape))
+    dataset = TransitionDataset.from_raw(raw, DataSpec(truncated_last_step=last))
+    expected, step = [], 0
+    for length in raw.lengths:
+        for t in range(length):
+            if not (last == "drop" and raw.truncated[step]):
+                after = raw.action[step + 1].tolist() if t + 1 < length else [0.0]
+                expected.append(after)
+            step += 1
+    batch = dataset.transitions(Everything(1), len(expected), next_action=True)
+    assert batch.next_action is not None
+    assert batch.next_action[0].tolist() == expected
+    assert dataset.transitions(Everything(1), 1).next_action is None
+
+
+def test_mixed_batches_hold_next_actions_only_if_the_synthetic_rows_do() -> None:
+    raw = raw_of([4, 3], "TL")
+    real = TransitionDataset.from_raw(raw, DataSpec())
+    rows = real.transitions(Everything(1), 5, next_action=True)
+    mixed = real.mixed(rows, 0.5).transitions(Everything(1), 4, next_action=True)
+    assert mixed.next_action is not None
+    assert torch.equal(mixed.next_action[0, :2], real.next_action[:2])
+    assert torch.equal(mixed.next_action[0, 2:], real.next_action[:2])
+    bare = real.transitions(Everything(1), 5)
+    with pytest.raises(ValueError, match="next actions were asked for"):
+        real.mixed(bare, 0.5).transitions(Everything(1), 4, next_action=True)
+    assert real.mixed(rows, 0.5).transitions(Everything(1), 4).next_action is None
+
+
+@given(episodes, st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_pieces_by_length_are_those_of_a_loop(shape: list[tuple[int, str]], limit: int) -> None:
+    raw = raw_of([n for n, _ in shape], "".join(e for _, e in shape))
+    expected, count = [], 0
+    for i, ended in enumerate(raw.terminated):
+        count += 1
+        if ended or count == limit:
+            expected.append(i)
+            count = 0
+    assert _ends_by_length(raw.terminated, limit).tolist() == expected
+
+
+def test_trajectory_range_is_of_what_can_be_drawn_of_each_episode() -> None:
+    """Episode returns 1 + 2, 4 and 1 (its last step of 100 is dropped): the range is 3."""
+    raw = raw_of([2, 1, 2], "TTL", np.array([1.0, 2.0, 4.0, 1.0, 100.0]))
+    dataset = TransitionDataset.from_raw(raw, DataSpec(reward="trajectory_range"))
+    expected = np.array([1.0, 2.0, 4.0, 1.0]) * 1000.0 / 3.0
+    assert dataset.reward.numpy() == pytest.approx(expected, rel=1e-6)
+    # CORL splits the same steps at terminations: the open piece (1) does not count, 4 - 3.
+    corl = TransitionDataset.from_raw(raw, DataSpec(reward="corl_locomotion"))
+    assert corl.reward.numpy() == pytest.approx(np.array([1.0, 2.0, 4.0, 1.0]) * 1000.0, rel=1e-6)
+
+
 @given(episodes, st.integers(1, 6), st.sampled_from(["drop", "keep"]))
 @settings(max_examples=60, deadline=None)
 def test_segments_are_exactly_the_windows_inside_episodes(
@@ -183,6 +241,10 @@ REWARDS = np.array([0.0, 1.0, 4.0, 2.0, 2.0, 1.0])
         ("cql_antmaze", (REWARDS - 0.5) * 4),
         ("iql_antmaze", REWARDS - 1),
         ("antmaze", (REWARDS - 0.25) * 2),
+        ("corl_antmaze", REWARDS * 10 - 5),
+        ("times_100", REWARDS * 100),
+        # returns 5, 4 and 1; split by terminations alone the last does not count
+        ("corl_locomotion", REWARDS * 1000.0 / (5.0 - 4.0)),
         # mean 10/6; unbiased variance (26 - 6 (10/6)^2) / 5 = 28/15
         ("normalize", (REWARDS - 10 / 6) / np.sqrt(28 / 15)),
         # terminations after rows 2 and 4: returns 5 and 4; the open end does not count
@@ -206,14 +268,6 @@ def test_iql_locomotion_splits_on_terminations_only() -> None:
     np.testing.assert_allclose(dataset.reward.numpy(), REWARDS * 1000 / (7 - 3), rtol=1e-6)
 
 
-def test_trajectory_range_splits_at_every_end_and_spares_what_is_not_drawn() -> None:
-    # Rows 2 and 5 are truncated last steps: returns are 0+1 and 2+2, and halfcheetah has no others.
-    raw = raw_of([3, 3], "LL", REWARDS)
-    dataset = TransitionDataset.from_raw(raw, DataSpec(reward="trajectory_range"))
-    kept = REWARDS[[0, 1, 3, 4]]
-    np.testing.assert_allclose(dataset.reward.numpy(), kept * 1000 / (4 - 1), rtol=1e-6)
-
-
 def test_transforms_are_fitted_on_what_can_be_drawn() -> None:
     raw = raw_of([3, 3], "LT", REWARDS)
     dataset = TransitionDataset.from_raw(raw, DataSpec(reward="normalize"))
@@ -229,7 +283,9 @@ def test_transforms_are_fitted_on_what_can_be_drawn() -> None:
     [
         ("iql_locomotion", REWARDS, "LLL", "there are 0"),
         ("iql_locomotion", np.ones(6), "TTT", "range 0"),
-        ("trajectory_range", np.ones(6), "TTT", "there are 3, with range 0"),
+        ("trajectory_range", np.ones(6), "TTT", "range 0"),
+        ("trajectory_range", np.ones(6), "LTL", "range 0"),
+        ("corl_locomotion", REWARDS, "LLL", "there are 0"),
         ("normalize", np.ones(6), "TTT", "standard deviation, which is 0"),
     ],
 )
@@ -266,6 +322,25 @@ def test_the_best_episodes_are_kept_by_discounted_return_in_data_order() -> None
     assert (
         TransitionDataset.from_raw(raw, DataSpec(top_fraction=0.01)).obs[:, 0].tolist() == [0] * 3
     )
+
+
+def test_ten_percent_cloning_keeps_what_corls_loop_over_trajectories_keeps() -> None:
+    """Discount 0.99, restarted at every termination; the count is rounded down, at least one."""
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(1, 40, size=57).tolist()
+    raw = raw_of(lengths, "T" * 57, generator.normal(size=sum(lengths)))
+    returns, ids, total, scale, rows = [], [], 0.0, 1.0, []
+    for i, (reward, ended) in enumerate(zip(raw.reward, raw.terminated, strict=True)):
+        total, scale = total + scale * reward, scale * 0.99
+        rows.append(i)
+        if ended:
+            returns.append(total)
+            ids.append(rows)
+            total, scale, rows = 0.0, 1.0, []
+    best = np.argsort(returns)[::-1][: max(1, int(0.1 * len(returns)))]
+    expected = sorted(i for e in best for i in ids[e])
+    kept = TransitionDataset.from_raw(raw, DataSpec(top_fraction=0.1))
+    assert torch.equal(kept.action, torch.from_numpy(raw.action[expected]))
 
 
 def test_ties_and_rounding_of_the_best_fraction_are_fixed() -> None:

@@ -1,19 +1,20 @@
 """First losses of a tiny fixed trial per algorithm and revision.
 
 A change here is a change of numbers: bump the recipe's `revision`, run
-`python tests/test_golden.py`, and explain in the commit.
+`python tests/test_golden.py [name ...]`, and explain in the commit.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from algorithms import bc, diffusion_ql, idql
+from algorithms import bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import Case, TinyDataset
 
@@ -23,6 +24,8 @@ SMALL = diffusion_ql.Config(hidden_dim=32, batch_size=32, clip_norm=1.0, ema_sta
 SMALL_IDQL = idql.Config(
     hidden_dim=32, batch_size=32, actor_batch_size=32, num_candidates=8, steps=STEPS
 )
+CORL_IQL = {"value_in_use": "previous", "q_loss": "mean", "normalize_obs": True}
+LAGRANGE = {"lagrange": True, "target_gap": 0.8, "max_backup": True, "critic_layers": 5}
 TRIALS = {
     "bc": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32)),
     "bc_gaussian": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32, head="gaussian")),
@@ -46,6 +49,12 @@ TRIALS = {
         idql.recipe,
         replace(SMALL_IDQL, critic_objective="quantile", actor_objective="soft_adv"),
     ),
+    "cql": (cql.recipe, cql.Config(hidden_dim=32, batch_size=32)),
+    "cql_lagrange": (cql.recipe, cql.Config(hidden_dim=32, batch_size=32, **LAGRANGE)),
+    "iql": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32)),
+    "iql_corl": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32, **CORL_IQL)),
+    "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=32, batch_size=32)),
+    "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=32, batch_size=32)),
 }
 
 
@@ -57,9 +66,10 @@ def trial(name: str) -> dict:
     rng = Rng.at_step((0,), STEPS, Stream.EVALUATION)
     with torch.no_grad():
         action = learner.act(torch.linspace(-1, 1, 24).view(1, 8, 3), rng)
+    names = dict.fromkeys(name for metrics in history for name in metrics)
     return {
         "revision": recipe.revision,
-        "metrics": {key: [m[key].item() for m in history] for key in history[0]},
+        "metrics": {key: [m[key].item() for m in history if key in m] for key in names},
         "action": action.flatten().tolist(),
     }
 
@@ -78,7 +88,7 @@ def test_numbers_of_this_revision_have_not_changed(name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for trial_name in TRIALS:
+    for trial_name in sys.argv[1:] or TRIALS:
         path = FOLDER / f"{trial_name}.json"
         path.write_text(json.dumps(trial(trial_name), indent=1) + "\n")
         print(path)

@@ -10,10 +10,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bc, diffusion_ql, idql
+from algorithms import bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RECIPES = [bc.recipe, diffusion_ql.recipe, idql.recipe]
+RECIPES = [
+    bc.recipe,
+    cql.recipe,
+    diffusion_ql.recipe,
+    idql.recipe,
+    iql.recipe,
+    iql.corl_recipe,
+    rebrac.recipe,
+    td3_bc.recipe,
+]
 MINARI = [
     *(f"D4RL/antmaze/{m}-v1" for m in ("umaze", "umaze-diverse", "medium-play", "medium-diverse")),
     *(f"D4RL/antmaze/large-{m}-v1" for m in ("play", "diverse")),
@@ -176,3 +185,135 @@ def test_idql_presets_are_the_published_protocols(name):
 def test_every_idql_protocol_has_a_preset_and_idql_a_is_the_default():
     assert set(presets(idql.recipe)) == set(IDQL_PROTOCOLS)
     assert idql.Config(**presets(idql.recipe)["idql-a"]["config"]) == idql.Config()
+
+
+@pytest.mark.parametrize(
+    ("name", "expectile", "inv_temperature", "dropout_rate", "reward"),
+    [
+        ("walker2d-random-v2", 0.7, 3.0, 0.0, "trajectory_range"),
+        ("hopper-medium-v2", 0.7, 3.0, 0.0, "trajectory_range"),
+        ("surrogate/hopper/medium-v0", 0.7, 3.0, 0.0, "trajectory_range"),
+        ("antmaze-large-play-v0", 0.9, 10.0, 0.0, "iql_antmaze"),
+        ("D4RL/antmaze/umaze-v1", 0.9, 10.0, 0.0, "iql_antmaze"),
+        ("pen-human-v0", 0.7, 0.5, 0.1, "none"),
+        ("kitchen-partial-v0", 0.7, 0.5, 0.1, "none"),
+    ],
+)
+def test_iql_uses_the_official_codes_row(name, expectile, inv_temperature, dropout_rate, reward):
+    block = first_match(iql.recipe, name)
+    config = iql.Config(**block["config"])
+    found = (config.expectile, config.inv_temperature, config.dropout_rate)
+    assert found == (expectile, inv_temperature, dropout_rate)
+    assert block["data"].get("reward", "none") == reward
+
+
+@pytest.mark.parametrize(
+    ("name", "expectile", "inv_temperature", "changes", "reward"),
+    [
+        ("halfcheetah-medium-v2", 0.7, 3.0, {}, "none"),
+        ("hopper-random-v2", 0.7, 3.0, {}, "none"),
+        ("maze2d-umaze-v1", 0.7, 3.0, {}, "none"),
+        ("hopper-medium-v2", 0.7, 3.0, {"deterministic": True, "tau": 0.001}, "corl_locomotion"),
+        ("hopper-medium-replay-v2", 0.7, 3.0, {"deterministic": True, "tau": 0.001},
+         "corl_locomotion"),
+        ("hopper-medium-expert-v2", 0.5, 6.0, {}, "none"),
+        ("door-cloned-v1", 0.8, 3.0, {"dropout_rate": 0.1}, "none"),
+        ("antmaze-umaze-v2", 0.9, 10.0, {}, "iql_antmaze"),
+    ],
+)  # fmt: skip
+def test_iql_corl_adds_its_row_to_its_variant(name, expectile, inv_temperature, changes, reward):
+    default, block = blocks(iql.corl_recipe)[0], first_match(iql.corl_recipe, name)
+    expected = iql.Config(
+        value_in_use="previous",
+        q_loss="mean",
+        log_std_min=-20.0,
+        action_margin=0.0,
+        orthogonal_init=False,
+        normalize_obs=True,
+        expectile=expectile,
+        inv_temperature=inv_temperature,
+        **changes,
+    )
+    assert iql.Config(**default["config"], **block["config"]) == expected
+    assert block["data"].get("reward", "none") == reward
+
+
+# name: bc_coef, critic_bc_coef
+REBRAC = """
+halfcheetah-random-v2 0.001 0.1
+halfcheetah-medium-v2 0.001 0.01
+halfcheetah-expert-v2 0.01 0.01
+halfcheetah-medium-expert-v2 0.01 0.1
+halfcheetah-medium-replay-v2 0.01 0.001
+halfcheetah-full-replay-v2 0.001 0.1
+hopper-random-v2 0.001 0.01
+hopper-medium-v2 0.01 0.01
+hopper-expert-v2 0.1 0.1
+hopper-medium-expert-v2 0.1 0.01
+hopper-medium-replay-v2 0.05 0.5
+hopper-full-replay-v2 0.01 0.01
+walker2d-random-v2 0.01 0
+walker2d-medium-v2 0.05 0.1
+walker2d-expert-v2 0.01 0.5
+walker2d-medium-expert-v2 0.01 0.01
+walker2d-medium-replay-v2 0.05 0.01
+walker2d-full-replay-v2 0.01 0.01
+antmaze-umaze-v2 0.003 0.002
+antmaze-umaze-diverse-v2 0.003 0.001
+antmaze-medium-play-v2 0.001 0.0005
+antmaze-medium-diverse-v2 0.001 0
+antmaze-large-play-v2 0.002 0.001
+antmaze-large-diverse-v2 0.002 0.002
+pen-human-v1 0.1 0.5
+pen-cloned-v1 0.05 0.5
+pen-expert-v1 0.01 0.01
+door-human-v1 0.1 0.1
+door-cloned-v1 0.01 0.1
+door-expert-v1 0.05 0.01
+hammer-human-v1 0.01 0.5
+hammer-cloned-v1 0.1 0.5
+hammer-expert-v1 0.01 0.01
+relocate-human-v1 0.1 0.01
+relocate-cloned-v1 0.1 0.01
+relocate-expert-v1 0.05 0.01
+maze2d-umaze-v1 0.003 0.001
+maze2d-medium-v1 0.003 0.001
+maze2d-large-v1 0.003 0.001
+"""
+
+
+@pytest.mark.parametrize("row", REBRAC.strip().splitlines(), ids=lambda r: r.split()[0])
+def test_rebrac_uses_the_published_row_of_its_group(row):
+    name, bc_coef, critic_bc_coef = row.split()
+    block = first_match(rebrac.recipe, name)
+    config = rebrac.Config(**block["config"])
+    assert (config.bc_coef, config.critic_bc_coef) == (float(bc_coef), float(critic_bc_coef))
+    group = (config.lr, config.critic_lr, config.batch_size, config.discount)
+    if name.startswith(("halfcheetah", "hopper", "walker2d")):
+        assert group == (1e-3, 1e-3, 1024, 0.99)
+    elif name.startswith("antmaze"):
+        assert group == (3e-4, 5e-5, 256, 0.999)
+    else:
+        assert group == (3e-4, 3e-4, 256, 0.99)
+    assert block["data"] == ({"reward": "times_100"} if name.startswith("antmaze") else {})
+
+
+ANTMAZE_CQL = {"lagrange": True, "target_gap": 0.8, "max_backup": True, "gap_min": -200.0,
+               "critic_layers": 5, "normalize_obs": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "cql_coef", "lr", "changes", "reward"),
+    [
+        ("walker2d-full-replay-v2", 10.0, 3e-5, {}, "none"),
+        ("hopper-medium-v2", 10.0, 3e-5, {}, "corl_locomotion"),
+        ("hopper-medium-replay-v2", 10.0, 3e-5, {}, "none"),
+        ("antmaze-medium-play-v2", 5.0, 1e-4, ANTMAZE_CQL, "corl_antmaze"),
+        ("relocate-human-v1", 1.0, 1e-4, {}, "none"),
+        ("maze2d-large-v1", 10.0, 3e-5, {"lagrange": True, "target_gap": 5.0}, "none"),
+    ],
+)
+def test_cql_uses_corls_row_of_the_group(name, cql_coef, lr, changes, reward):
+    block = first_match(cql.recipe, name)
+    assert cql.Config(**block["config"]) == cql.Config(cql_coef=cql_coef, lr=lr, **changes)
+    assert block["data"].get("reward", "none") == reward

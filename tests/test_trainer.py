@@ -62,6 +62,40 @@ def test_metrics_of_a_wrong_shape_are_refused():
         Trainer(Wrong(2), None, [0, 1], CPU, False).advance(1)
 
 
+class Alternating(Counter):
+    """Steps 0, 3, 6, ... return another metric than the others."""
+
+    period = 3
+
+    def update(self, batch, rng, phase):
+        self.total += 10.0**phase
+        loss = rng.step + 1.0
+        return {"loss": loss} if phase else {"loss": loss, "rare": torch.where(loss > 3, loss, 0)}
+
+
+def test_phases_follow_the_trainers_own_step_also_after_a_resume():
+    whole = Trainer(Alternating(2), None, [0, 1], CPU, False)
+    first = whole.advance(4)
+    assert first.metrics == {"loss": [2.5, 2.5], "rare": [2.0, 2.0]}  # (0 + 4) / 2
+    assert whole.learner.total.tolist() == [112.0, 112.0]
+    states = [whole.seed_state(i) for i in range(2)]
+    resumed = Trainer(Alternating(2), None, [0, 1], CPU, False)
+    resumed.load_seed_states(states)
+    assert resumed.advance(1).metrics == whole.advance(1).metrics == {"loss": [5.0, 5.0]}
+    assert resumed.learner.total.tolist() == whole.learner.total.tolist() == [122.0, 122.0]
+
+
+def test_a_metric_of_one_phase_only_can_diverge():
+    class Sick(Alternating):
+        def update(self, batch, rng, phase):
+            metrics = super().update(batch, rng, phase)
+            return metrics if phase else metrics | {"rare": torch.tensor([1.0, torch.inf])}
+
+    chunk = Trainer(Sick(2), None, [0, 1], CPU, False).advance(7)
+    assert list(chunk.diverged) == [1]
+    assert (chunk.diverged[1].step, chunk.diverged[1].metric) == (1, "rare")
+
+
 def make_trainer(bandit, seeds, compile_step=False, name="bc", **config):
     from harness.registry import Registry
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from algorithms.api import Rng
 from algorithms.blocks.layers import MLP, LayerNorm
@@ -20,6 +21,7 @@ class QEnsemble(nn.Module):
 
     Args:
         hidden_dims: widths of the hidden layers.
+        orthogonal_gain, output_gain: as in `MLP`.
     """
 
     def __init__(
@@ -31,13 +33,28 @@ class QEnsemble(nn.Module):
         activation: str = "relu",
         num_critics: int = 2,
         layer_norm: bool = False,
+        orthogonal_gain: float | None = None,
+        output_gain: float | None = None,
     ) -> None:
         super().__init__()
-        sizes = (obs_dim + action_dim, *hidden_dims, 1)
-        self.net = MLP(rng, sizes, activation, ensemble=num_critics, layer_norm=layer_norm)
+        self.net = MLP(
+            rng,
+            (obs_dim + action_dim, *hidden_dims, 1),
+            activation,
+            ensemble=num_critics,
+            layer_norm=layer_norm,
+            orthogonal_gain=orthogonal_gain,
+            output_gain=output_gain,
+        )
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return self.net(torch.cat((obs, action), dim=-1).unsqueeze(1)).squeeze(-1)
+
+    def member(self, index: int, obs: Tensor, action: Tensor) -> Tensor:
+        """One network's values, [K, *rows], without evaluating the others."""
+        own = {name: p[:, index : index + 1] for name, p in self.net.named_parameters()}
+        x = torch.cat((obs, action), dim=-1).unsqueeze(1)
+        return functional_call(self.net, own, (x,)).squeeze(-1).squeeze(1)
 
 
 class Value(nn.Module):
@@ -56,10 +73,14 @@ class Value(nn.Module):
         activation: str = "relu",
         layer_norm: bool = False,
         input_norm: bool = False,
+        orthogonal_gain: float | None = None,
     ) -> None:
         super().__init__()
         self.norm = LayerNorm(rng, obs_dim, eps=1e-6) if input_norm else nn.Identity()
-        self.net = MLP(rng, (obs_dim, *hidden_dims, 1), activation, layer_norm=layer_norm)
+        sizes = (obs_dim, *hidden_dims, 1)
+        self.net = MLP(
+            rng, sizes, activation, layer_norm=layer_norm, orthogonal_gain=orthogonal_gain
+        )
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(self.norm(obs)).squeeze(-1)

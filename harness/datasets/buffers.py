@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["DataSpec", "MixedDataset", "TransitionDataset", "load"]
 
 _FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+_ALL_FIELDS = (*_FIELDS, "next_action")
 
 
 def load(
@@ -54,6 +55,7 @@ class TransitionDataset:
         next_obs: Tensor,  # [S, O]
         terminated: Tensor,  # [S], 0 or 1
         truncated: Tensor,  # [S], 0 or 1
+        next_action: Tensor,  # [S, A], 0 where the episode ends
         lengths: np.ndarray,  # [E], transitions of each episode, in order
     ) -> None:
         self.spec = spec
@@ -63,6 +65,7 @@ class TransitionDataset:
         self.next_obs = next_obs
         self.terminated = terminated
         self.truncated = truncated
+        self.next_action = next_action
         self._lengths = np.asarray(lengths, dtype=np.int64)
         # Steps from each transition to its episode's end, itself included. Sorted by it, the
         # starts of windows of length L are the first `_num_starts(L)` entries of `_by_remaining`,
@@ -121,6 +124,7 @@ class TransitionDataset:
             next_obs=torch.from_numpy(raw.obs[rows + 1]),
             terminated=torch.from_numpy(raw.terminated[steps].astype(np.float32)),
             truncated=torch.from_numpy(raw.truncated[steps].astype(np.float32)),
+            next_action=torch.from_numpy(_next_actions(raw, steps)),
             lengths=kept_lengths,
         )
 
@@ -131,19 +135,25 @@ class TransitionDataset:
     @property
     def num_bytes(self) -> int:
         """Memory of the tensors."""
-        tensors = [getattr(self, name) for name in _FIELDS] + [self._by_remaining]
+        tensors = [getattr(self, name) for name in _ALL_FIELDS] + [self._by_remaining]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def to(self, device: Any) -> TransitionDataset:
         """The same dataset on another device (itself if it is there already)."""
         if torch.device(device) == self.device:
             return self
-        moved = {name: getattr(self, name).to(device) for name in _FIELDS}
+        moved = {name: getattr(self, name).to(device) for name in _ALL_FIELDS}
         return TransitionDataset(self.spec, **moved, lengths=self._lengths)
 
-    def transitions(self, rng: Rng, batch_size: int) -> Batch:
-        """Uniform draws with replacement, independent for each seed: [K, B, ...]."""
-        return self._gather(rng.integers(self.spec.num_steps, batch_size))  # [K, B]
+    def transitions(self, rng: Rng, batch_size: int, next_action: bool = False) -> Batch:
+        """Uniform draws with replacement, independent for each seed: [K, B, ...].
+
+        Args:
+            next_action: also the next action of the data. It is known for the transition before a
+                dropped last step; where an episode ends there is none, and it is zero.
+        """
+        index = rng.integers(self.spec.num_steps, batch_size)  # [K, B]
+        return self._gather(index, _ALL_FIELDS if next_action else _FIELDS)
 
     def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
         """Windows of consecutive transitions, uniform over all that fit: [K, B, L, ...].
@@ -176,8 +186,8 @@ class TransitionDataset:
             )
         return count
 
-    def _gather(self, index: Tensor) -> Batch:
-        return Batch(**{name: getattr(self, name)[index] for name in _FIELDS})
+    def _gather(self, index: Tensor, names: tuple[str, ...] = _FIELDS) -> Batch:
+        return Batch(**{name: getattr(self, name)[index] for name in names})
 
 
 class MixedDataset:
@@ -213,15 +223,25 @@ class MixedDataset:
         self._windows = synthetic if len(lead) == 3 else None  # [K, M, L, ...]
         self._rows = synthetic if len(lead) == 2 else _flat_windows(synthetic)  # [K, M, ...]
 
-    def transitions(self, rng: Rng, batch_size: int) -> Batch:
-        """`batch_size` rows, of which `round(fraction * batch_size)` are synthetic: [K, B, ...]."""
+    def transitions(self, rng: Rng, batch_size: int, next_action: bool = False) -> Batch:
+        """`batch_size` rows, of which `round(fraction * batch_size)` are synthetic: [K, B, ...].
+
+        Raises:
+            ValueError: for `next_action` if the synthetic data lack it.
+        """
         made = round(self.fraction * batch_size)
         parts = []
         if made < batch_size:
-            parts.append(self.real.transitions(rng, batch_size - made))
+            parts.append(self.real.transitions(rng, batch_size - made, next_action))
         if made > 0:
+            if next_action and self._rows.next_action is None:
+                raise ValueError(
+                    "next actions were asked for, but the synthetic data have none; generate "
+                    "transitions with `next_action`"
+                )
             index = rng.integers(self._rows.reward.shape[1], made)  # [K, made]
-            parts.append(_pick(self._rows, index))
+            names = _ALL_FIELDS if next_action else _FIELDS
+            parts.append(_pick(self._rows, index, names))
         return _joined(parts)
 
     def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
@@ -261,17 +281,18 @@ def _flat_windows(windows: Batch) -> Batch:
     return Batch(**{name: getattr(windows, name).flatten(1, 2) for name in _FIELDS})
 
 
-def _pick(rows: Batch, index: Tensor) -> Batch:
+def _pick(rows: Batch, index: Tensor, names: tuple[str, ...] = _FIELDS) -> Batch:
     """Rows of each seed by its own indices: [K, M, ...] by [K, ...] -> [K, ...]."""
     seed = torch.arange(index.shape[0], device=index.device)
     seed = seed.view(-1, *([1] * (index.ndim - 1)))
-    return Batch(**{name: getattr(rows, name)[seed, index] for name in _FIELDS})
+    return Batch(**{name: getattr(rows, name)[seed, index] for name in names})
 
 
 def _joined(parts: list[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
-    return Batch(**{name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in _FIELDS})
+    names = _FIELDS if parts[0].next_action is None else _ALL_FIELDS
+    return Batch(**{name: torch.cat([getattr(p, name) for p in parts], dim=1) for name in names})
 
 
 # -------------------------------------------------------------------------------------- transforms
@@ -311,6 +332,14 @@ def _refuse_lost_rewards(
         )
 
 
+def _next_actions(raw: RawDataset, steps: np.ndarray) -> np.ndarray:
+    """The action after each of `steps` in its episode, zero after an episode's last: [S, A]."""
+    last = np.zeros(raw.num_steps, bool)
+    last[np.cumsum(raw.lengths) - 1] = True
+    after = raw.action[np.minimum(steps + 1, raw.num_steps - 1)]
+    return np.where(last[steps, None], 0.0, after).astype(np.float32)
+
+
 def _reward_transform(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any:
     """The function from raw to transformed rewards, fitted on the steps that can be drawn."""
     reward = raw.reward[steps]
@@ -322,6 +351,12 @@ def _reward_transform(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any
         return lambda r: r - 1.0
     if data.reward == "antmaze":
         return lambda r: (r - 0.25) * 2.0
+    if data.reward == "corl_antmaze":
+        return lambda r: r * 10.0 - 5.0
+    if data.reward == "times_100":
+        return lambda r: r * 100.0
+    if data.reward in ("trajectory_range", "corl_locomotion"):
+        return _over_range(raw, data, steps)
     if data.reward == "normalize":
         std = reward.std(ddof=1) if len(reward) > 1 else 0.0
         if not std > 0.0:
@@ -331,15 +366,6 @@ def _reward_transform(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any
             )
         mean = reward.mean()
         return lambda r: (r - mean) / std
-    if data.reward == "trajectory_range":
-        borders = np.flatnonzero(np.diff(raw.episode_of_step[steps], prepend=-1))
-        spread = float(np.ptp(np.add.reduceat(reward, borders)))
-        if not spread > 0.0:
-            raise DatasetError(
-                f"dataset {raw.id!r}: data.reward 'trajectory_range' divides by the range of "
-                f"the episodes' returns; there are {len(borders)}, with range {spread}. Use 'none'"
-            )
-        return lambda r: r / spread * 1000.0
     assert data.reward == "iql_locomotion"
     ends = np.flatnonzero(raw.terminated[steps])
     if len(ends):
@@ -354,6 +380,38 @@ def _reward_transform(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any
             "Use 'none' or 'normalize'"
         )
     return lambda r: r / spread * 1000.0
+
+
+def _over_range(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any:
+    """1000 r / (max - min) of the returns of trajectories; what those are depends on the code."""
+    reward = raw.reward[steps]
+    if data.reward == "trajectory_range":
+        episode = raw.episode_of_step[steps]
+        ends = np.flatnonzero(np.diff(episode, append=-1))
+    else:
+        ends = _ends_by_length(raw.terminated[steps], 1000)
+    starts = np.concatenate(([0], ends[:-1] + 1)) if len(ends) else ends
+    returns = np.add.reduceat(reward[: ends[-1] + 1], starts) if len(ends) else np.zeros(1)
+    spread = float(np.ptp(returns))
+    if not spread > 0.0:
+        raise DatasetError(
+            f"dataset {raw.id!r}: data.reward {data.reward!r} divides by the range of the returns "
+            f"of trajectories; there are {len(ends)}, with range {spread}. Use 'none' or "
+            "'normalize'"
+        )
+    return lambda r: r / spread * 1000.0
+
+
+def _ends_by_length(terminated: np.ndarray, limit: int) -> np.ndarray:
+    """Last indices of pieces that end at a termination or when they have `limit` steps."""
+    ends: list[int] = []
+    start = 0
+    for stop in np.append(np.flatnonzero(terminated), len(terminated)):
+        ends.extend(range(start + limit - 1, int(stop), limit))
+        if stop < len(terminated):
+            ends.append(int(stop))
+            start = int(stop) + 1
+    return np.array(ends, dtype=np.int64)
 
 
 def _statistics(obs: np.ndarray, reward: np.ndarray, returns: np.ndarray) -> Statistics:

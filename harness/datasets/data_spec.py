@@ -11,8 +11,11 @@ REWARD_TRANSFORMS = (
     "cql_antmaze",
     "iql_antmaze",
     "iql_locomotion",
-    "trajectory_range",
     "antmaze",
+    "corl_antmaze",
+    "times_100",
+    "trajectory_range",
+    "corl_locomotion",
 )
 TRUNCATED_LAST_STEP = ("drop", "keep")
 
@@ -27,8 +30,11 @@ class DataSpec:
             `iql_antmaze`: r - 1; `antmaze`: 2 (r - 0.25); `iql_locomotion`: 1000 r / (max - min)
             of the returns of trajectories split on terminations only, a trajectory left open at
             the end not counted. Definitions are those of the Diffusion-QL code (`reward_tune`).
-            `trajectory_range`: 1000 r / (max - min) of the returns of all episodes, however they
-            end, over the transitions that can be drawn (the codes of IQL and IDQL, locomotion).
+            `corl_antmaze`: 10 r - 5; `times_100`: 100 r; `trajectory_range`: 1000 r / (max - min)
+            of the returns of the episodes, of their steps that can be drawn (codes of IQL, IDQL);
+            `corl_locomotion`: the same of pieces that end at a termination or at 1000 steps, one
+            left open at the end not counted. CORL reads episodes that way; without their last
+            step those of 1000 have 999, so that its pieces straddle them.
         truncated_last_step: `drop` leaves out the last transition of a time-limited episode, as
             D4RL's `qlearning_dataset` does; `keep` keeps it, with its real next observation.
         top_fraction: keeps the best fraction of episodes by discounted raw return, at least one
