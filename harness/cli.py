@@ -48,7 +48,10 @@ HomeOption = Annotated[
 ]
 DatabaseOption = Annotated[
     str | None,
-    typer.Option("--db", help="Database URL [HARNESS_DB, SQLite in the home folder]."),
+    typer.Option(
+        "--db",
+        help="Database URL [HARNESS_DB, SQLite in the home folder]; to read, also an archive.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 SpecArgument = Annotated[Path, typer.Argument(help="Experiment file, such as experiments/*.yaml.")]
@@ -76,6 +79,26 @@ def _open(home: str | None, db: str | None) -> tuple[Home, Store]:
 
     found = Home.find(home)
     return found, Store.open(found.database_url(db))
+
+
+def _open_to_read(home: str | None, db: str | None, spec: Path | None) -> tuple[Home, Store]:
+    """As `_open`, but `--db` may be an archive.
+
+    Where there is no database yet and no spec asks for certain trials, the archives that come
+    with the package are shown, and it says so.
+    """
+    from harness.home import Home
+    from results import archive
+
+    found = Home.find(home)
+    if db is not None and db.endswith(".parquet"):
+        return found, archive.open_archive(Path(db))
+    shipped = archive.shipped()
+    if spec is None and shipped and not found.has_database(db):
+        names = ", ".join(path.parent.name for path in shipped)
+        errors.print(f"no results database yet: these rows came with the package ({names})")
+        return found, archive.open_archive(*shipped)
+    return _open(home, db)
 
 
 def _trial_ids(spec: Path | None, overrides: list[str] | None) -> list[str] | None:
@@ -265,7 +288,7 @@ def leaderboard(
     db: DatabaseOption = None,
 ) -> None:
     """Methods ranked by IQM with 95 % stratified bootstrap intervals over seeds."""
-    _, store = _open(home, db)
+    _, store = _open_to_read(home, db, spec)
     with store:
         _leaderboard(store, _trial_ids(spec, overrides), select, output_format, seed)
 
@@ -284,6 +307,23 @@ def _leaderboard(
 
 
 @app.command()
+def archive(
+    spec: SpecArgument,
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    overrides: OverridesArgument = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Rows of an experiment as one parquet file, to publish: `leaderboard --db FILE` reads it."""
+    from results import archive as archives
+
+    _, store = _open(home, db)
+    with store:
+        count = archives.write(store, out, _trial_ids(spec, overrides))
+    console.print(f"{count} rows in {out}")
+
+
+@app.command()
 def figures(
     spec: OptionalSpec = None,
     overrides: OverridesArgument = None,
@@ -294,7 +334,7 @@ def figures(
     db: DatabaseOption = None,
 ) -> None:
     """Learning curves and aggregate intervals, as PDF and PNG with their sources beside them."""
-    found, store = _open(home, db)
+    found, store = _open_to_read(home, db, spec)
     with store:
         _figures(store, out or found.figures, _trial_ids(spec, overrides), select, seed)
 

@@ -39,6 +39,11 @@ class Home:
         """`given`, else `HARNESS_DB`, else the SQLite file in this folder."""
         return given or os.environ.get("HARNESS_DB") or f"sqlite:///{self.root / 'results.db'}"
 
+    def has_database(self, given: str | None = None) -> bool:
+        """Whether a database is named, or the one in this folder exists."""
+        named = given or os.environ.get("HARNESS_DB")
+        return bool(named) or (self.root / "results.db").exists()
+
     @property
     def artifacts(self) -> Path:
         return self.root / "artifacts"

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -315,6 +315,41 @@ class Store:
         """All published stages."""
         table = schema.artifacts
         return self._frame(sa.select(table).order_by(table.c.created_at, table.c.stage_id))
+
+    def records(
+        self, kinds: Iterable[type], trial_ids: Iterable[str] | None = None
+    ) -> Iterator[Record]:
+        """Everything stored of some trials as it was appended, parents first.
+
+        Args:
+            kinds: record classes.
+            trial_ids: of which trials; None for all.
+        """
+        ids = None if trial_ids is None else list(trial_ids)
+        trial, run = schema.trials, schema.runs
+        of_trials = self._only(sa.select(trial.c.trial_id), trial.c.trial_id, ids)
+        of_runs = self._only(sa.select(run.c.run_id), run.c.trial_id, ids)
+        used = sa.select(trial.c.dataset_id).where(trial.c.trial_id.in_(of_trials))
+        restrict = {
+            DatasetRecord: schema.datasets.c.dataset_id.in_(used),
+            TrialRecord: trial.c.trial_id.in_(of_trials),
+            RunRecord: run.c.trial_id.in_(of_trials),
+            EvalRecord: schema.evals.c.run_id.in_(of_runs),
+            MetricRecord: schema.metrics.c.run_id.in_(of_runs),
+            ArtifactRecord: schema.artifacts.c.run_id.in_(of_runs),
+        }
+        wanted = set(kinds)
+        for kind, table in _TABLES.items():
+            if kind not in wanted:
+                continue
+            names = [field.name for field in dataclasses.fields(kind)]
+            query = sa.select(*(table.c[name] for name in names)).where(restrict[kind])
+            for row in self._read(query.order_by(*table.primary_key)):
+                values = dict(zip(names, row, strict=True))
+                for name in ("stack", "segments"):  # stored as JSON lists
+                    if name in values:
+                        values[name] = tuple(values[name])
+                yield kind(**values)
 
     def statuses(self, trial_ids: Iterable[str] | None = None) -> dict[str, RunRecord]:
         """The latest attempt of each trial; trials without a run have no entry."""

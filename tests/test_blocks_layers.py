@@ -78,6 +78,24 @@ def test_an_unknown_precision_is_refused():
         set_precision(MLP(init(), (5, 64, 2)), "float16")
 
 
+@pytest.mark.parametrize("rows", [7, 32, 256])
+@pytest.mark.parametrize("ensemble", [None, 2])
+def test_a_scalar_output_is_the_same_alone_and_stacked_to_the_last_bit(rows, ensemble):
+    stacked = Linear(init((4, 9, 1)), 256, 1, ensemble)
+    solo = Linear(init((9,)), 256, 1, ensemble)
+    shape = (rows, 256) if ensemble is None else (1, rows, 256)
+    x, own = inputs(*shape, seeds=(4, 9, 1)), inputs(*shape, seeds=(9,))
+    assert torch.equal(stacked(x)[1:2], solo(own))
+
+    def loss(net, x):
+        return gradients(net, lambda f: (f(x).square().flatten(1).mean(dim=1), {}))[0]
+
+    for name, grad in loss(stacked, x).items():
+        assert torch.equal(grad[1:2], loss(solo, own)[name]), name
+    if ensemble is None:
+        torch.testing.assert_close(stacked(x), x @ stacked.weight + stacked.bias.unsqueeze(1))
+
+
 def test_ensemble_shares_its_input_and_keeps_extra_rows():
     layer, x = Linear(init(), 4, 5, ensemble=2), inputs(6, 7, 4)
     y = layer(x.unsqueeze(1))

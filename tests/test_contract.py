@@ -25,12 +25,10 @@ SMALL_BC = bc.Config(hidden_dim=16, batch_size=16)
 SMALL_QL = diffusion_ql.Config(
     hidden_dim=16, batch_size=16, denoise_steps=3, num_candidates=4, clip_norm=1.0
 )
-# Sizes at which a stack equals a seed alone bit for bit on the CPU: batches of 16, as matrix
-# products over more rows are blocked by K; 32 numbers in the time condition, one row while acting.
 SMALL_IDQL = idql.Config(
-    hidden_dim=16,
-    batch_size=16,
-    actor_batch_size=16,
+    hidden_dim=32,
+    batch_size=48,
+    actor_batch_size=48,
     num_blocks=2,
     time_dim=64,
     cond_dim=32,

@@ -106,7 +106,10 @@ class Linear(nn.Module):
             )
         rows = x.shape[lead:-1]
         flat = x.flatten(lead, -2)
-        if self.mixed:
+        if self.weight.shape[-1] == 1:
+            # Matrix times vector: kernels for one seed and for several sum in another order.
+            y = (flat * self.weight.mT).sum(dim=-1, keepdim=True)
+        elif self.mixed:
             y = torch.matmul(flat.bfloat16(), self.weight.bfloat16()).float()
         else:
             y = torch.matmul(flat, self.weight)

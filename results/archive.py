@@ -1,0 +1,110 @@
+"""Records of chosen trials as one parquet file, to keep beside the spec that made them.
+
+Columns: `kind` (the record's class) and `record` (its fields as JSON). Reading gives a database in
+memory, so that everything that reads a results database reads an archive as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from results import records
+from results.errors import StoreError
+from results.records import Record
+
+if TYPE_CHECKING:
+    from results.store import Store
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        records.DatasetRecord,
+        records.TrialRecord,
+        records.RunRecord,
+        records.EvalRecord,
+        records.MetricRecord,
+    )
+}
+"""What an archive holds; artifacts stay where they are, so their rows are left out."""
+
+SHIPPED = Path(__file__).parent / "evidence"
+"""Archives that come with the package: <name>/rows.parquet beside <name>/spec.yaml."""
+
+
+def write(store: Store, path: Path, trial_ids: Iterable[str] | None = None) -> int:
+    """Writes the rows of trials (None: of all) and returns their number. Replaces atomically.
+
+    Raises:
+        StoreError: if there are no rows.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    found = list(store.records(KINDS.values(), trial_ids))
+    if not found:
+        raise StoreError("the database has no rows of these trials; run the sweep first")
+    table = pa.table(
+        {
+            "kind": pa.array([type(record).__name__ for record in found]).dictionary_encode(),
+            "record": [json.dumps(dataclasses.asdict(record), sort_keys=True) for record in found],
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        parquet.write_table(table, temporary, compression="zstd")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(found)
+
+
+def read(path: Path) -> list[Record]:
+    """The records of an archive.
+
+    Raises:
+        StoreError: if the file is missing or is no archive.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path, columns=["kind", "record"])
+    except FileNotFoundError:
+        raise StoreError(f"{path}: no such archive; `harness archive` writes one") from None
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(f"{path}: not an archive of results ({error})") from error
+    rows = zip(table["kind"].to_pylist(), table["record"].to_pylist(), strict=True)
+    return [_record(kind, text, path) for kind, text in rows]
+
+
+def _record(kind: str, text: str, path: Path) -> Any:
+    if kind not in KINDS:
+        raise StoreError(f"{path}: unknown kind of record {kind!r}; written by a newer version?")
+    values = json.loads(text)
+    for name in ("stack", "segments"):  # tuples, which JSON lacks
+        if name in values:
+            values[name] = tuple(values[name])
+    try:
+        return KINDS[kind](**values)
+    except TypeError as error:
+        raise StoreError(f"{path}: a {kind} does not fit this version: {error}") from error
+
+
+def open_archive(*paths: Path) -> Store:
+    """A database in memory with the rows of the archives."""
+    from results.store import Store
+
+    store = Store.open("sqlite://")
+    store.append([record for path in paths for record in read(path)])
+    return store
+
+
+def shipped() -> list[Path]:
+    """The archives that come with the package."""
+    return sorted(SHIPPED.glob("*/rows.parquet"))

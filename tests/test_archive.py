@@ -1,0 +1,72 @@
+"""An archive gives back what was stored, and what reads a database reads it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from analysis import leaderboard
+from results import archive
+from results.errors import StoreError
+from results.records import MetricRecord, RunRecord
+from results.store import Store
+from tests.test_analysis_leaderboard import A, B, complete, trial
+
+
+@pytest.fixture
+def store():
+    with Store.open("sqlite://") as store:
+        records = [A, B, *complete("m", A), *complete("n", A), *complete("m", B)]
+        records += trial("n", B, 0, status="diverged")
+        run = next(record.run_id for record in records if isinstance(record, RunRecord))
+        records += [MetricRecord(run, 5, "loss", float("nan")), MetricRecord(run, 5, "q", 1 / 3)]
+        store.append(records)
+        yield store
+
+
+def test_an_archive_gives_the_same_records_and_leaderboard(store, tmp_path):
+    path = tmp_path / "deep" / "rows.parquet"
+    count = archive.write(store, path)
+    with archive.open_archive(path) as again:
+        assert again.counts() == store.counts()
+        assert sum(again.counts().values()) == count
+        kinds = archive.KINDS.values()
+        assert repr(list(again.records(kinds))) == repr(list(store.records(kinds)))  # nan != nan
+        assert leaderboard.build(again).render("csv") == leaderboard.build(store).render("csv")
+    assert [file.name for file in path.parent.iterdir()] == ["rows.parquet"]
+
+
+def test_only_the_trials_asked_for_are_written(store, tmp_path):
+    wanted = [row.trial_id for row in store.trials().itertuples() if row.dataset_id == B.dataset_id]
+    archive.write(store, tmp_path / "b.parquet", wanted)
+    with archive.open_archive(tmp_path / "b.parquet") as again:
+        assert set(again.trials().trial_id) == set(wanted)
+        assert set(again.datasets().dataset_id) == {B.dataset_id}
+        assert set(again.evaluations().trial_id) <= set(wanted)
+
+
+def test_what_is_no_archive_is_refused_by_name(store, tmp_path):
+    with pytest.raises(StoreError, match=r"none\.parquet: no such archive"):
+        archive.read(tmp_path / "none.parquet")
+    (tmp_path / "text.parquet").write_text("not parquet")
+    with pytest.raises(StoreError, match=r"text\.parquet: not an archive"):
+        archive.read(tmp_path / "text.parquet")
+    with pytest.raises(StoreError, match="no rows of these trials"):
+        archive.write(store, tmp_path / "empty.parquet", ["unknown"])
+
+
+def test_the_leaderboard_of_an_empty_home_shows_what_is_shipped(tmp_path):
+    command = [sys.executable, "-m", "harness.cli", "leaderboard", "--format", "json"]
+    found = subprocess.run(
+        [*command, "--home", str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    shown = json.loads(found.stdout)
+    shipped = archive.shipped()
+    assert shipped
+    assert shipped[0].parent.name in found.stderr
+    with archive.open_archive(*shipped) as store:
+        assert shown == json.loads(leaderboard.build(store).render("json"))
