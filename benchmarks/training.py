@@ -18,11 +18,14 @@ import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from algorithms import bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
 from algorithms.api import phase_of
+from algorithms.blocks.layers import set_precision
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import COLUMNS, TinyDataset
 
@@ -66,6 +69,42 @@ def memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
 
 
+def build(algorithm: str, dataset: DeviceDataset, seeds: int, device: torch.device) -> Any:
+    recipe = RECIPES[algorithm]
+    stage = recipe.stages(recipe.config())[0]
+    return stage.learner(stage.config, dataset.spec, range(seeds), {}).to(device)
+
+
+def matrix_floor(algorithm: str, device_name: str, threads: int, tf32: bool) -> tuple[float, float]:
+    """GFLOP of matrix products in one step of one seed, and GFLOP/s of a product of its size.
+
+    Their quotient is the least time a step can take, if all but the products were free.
+    """
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    device = torch.device(device_name)
+    dataset = DeviceDataset(device)
+    learner = build(algorithm, dataset, 1, device)
+    period = getattr(learner, "period", 1)
+    seeds = torch.zeros(1, dtype=torch.int64, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for number in range(period):
+            rng = Rng(seeds, torch.full_like(seeds, number), Stream.TRAIN)
+            learner.update(learner.sample(dataset, rng), rng, *phase_of(learner, number))
+    count, copies = 0, 1 if device.type == "cpu" else 64
+    a, b = torch.randn(2, copies, 256, 256, device=device)
+    for _ in range(10):
+        torch.bmm(a, b)
+    synchronize(device)
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        torch.bmm(a, b)
+        count += 1
+    synchronize(device)
+    rate = 2 * copies * 256**3 * count / (time.perf_counter() - start)
+    return counter.get_total_flops() / period / 1e9, rate / 1e9
+
+
 def measure(
     algorithm: str, seeds: int, mode: str, device_name: str, threads: int, tf32: bool, budget: float
 ) -> Row:
@@ -75,16 +114,15 @@ def measure(
     device = torch.device(device_name)
     dataset = DeviceDataset(device)
     before = memory(device)
-    recipe = RECIPES[algorithm]
-    stage = recipe.stages(recipe.config())[0]
-    learner = stage.learner(stage.config, dataset.spec, range(seeds)).to(device)
+    learner = build(algorithm, dataset, seeds, device)
+    set_precision(learner, "mixed" if mode == "mixed" else "float32")
     seed_tensor = torch.arange(seeds, device=device)
 
     def step(step_number: torch.Tensor, phase: tuple[int, ...]) -> dict[str, torch.Tensor]:
         rng = Rng(seed_tensor, step_number, Stream.TRAIN)
         return learner.update(learner.sample(dataset, rng), rng, *phase)
 
-    compute = torch.compile(step, fullgraph=True, dynamic=False) if mode == "compiled" else step
+    compute = torch.compile(step, fullgraph=True, dynamic=False) if mode != "eager" else step
     period = getattr(learner, "period", 1)
 
     def run(number: int) -> None:
@@ -119,12 +157,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
     parser.add_argument("--tf32", action="store_true", help="TensorFloat-32 products on a GPU")
     arguments = parser.parse_args()
-    stacks, modes, budget = (1, 2, 4, 8, 16), ("eager", "compiled"), 10.0
+    stacks, modes, budget = (1, 2, 4, 8, 16), ("eager", "compiled", "mixed"), 10.0
     if arguments.quick:
         stacks, modes, budget = (1, 4), ("eager",), 2.0
     print(
         f"{arguments.algorithm}, published size, torch {torch.__version__}, {arguments.device}, "
         f"{arguments.threads} thread(s), tf32 {'on' if arguments.tf32 else 'off'}"
+    )
+    gflop, rate = matrix_floor(
+        arguments.algorithm, arguments.device, arguments.threads, arguments.tf32
+    )
+    print(
+        f"floor: {gflop:.3f} GFLOP of matrix products a step and seed, at {rate:.0f} GFLOP/s "
+        f"(float32, 256 x 256 x 256): {1e3 * gflop / rate:.1f} ms"
     )
     print(f"{'seeds':>5} {'mode':>9} {'first s':>8} {'ms/step':>8} {'seeds x steps/s':>16}", end="")
     print(f" {'vs K=1':>7} {'MiB/seed':>9}")
