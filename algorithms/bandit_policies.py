@@ -18,8 +18,8 @@ Three policy classes, each trained to model the data alone or also to raise Q:
 
 After the authors' toy code (Zhendong-Wang/Diffusion-Policies-for-Offline-RL, d871f5c6:
 run_toy_bc.py, run_toy_ql.py, toy_experiments/), which is also where the names in quotes are from:
-these are bandit versions, not the algorithms. Critics are regressed on the immediate reward, so that
-guidance is meaningful only where every episode is one step.
+these are bandit versions, not the algorithms. Critics are regressed on the immediate reward, which
+is right only where every episode is one step.
 As there: the BCQ panel shows plain samples of the VAE, which Q never touches (`act_perturbed` shows
 the perturbed ones); the Gaussian is not squashed, and Q is asked for actions outside of the bounds;
 MMD compares points before the tanh, with the actor's noise clipped, so that its spread while acting

@@ -258,7 +258,7 @@ def test_the_bandits_gaussian_follows_q_and_the_vae_does_not():
     means = {}
     for policy, guidance in (("gaussian", "none"), ("gaussian", "q"), ("cvae", "q")):
         config = Config(hidden_dim=64, lr=3e-3, policy=policy, guidance=guidance)
-        learner, metrics = train(BanditPolicy(config, dataset.spec, SEEDS), dataset, SEEDS, 300)
+        learner, _ = train(BanditPolicy(config, dataset.spec, SEEDS), dataset, SEEDS, 300)
         means[policy, guidance] = actions(learner, SEEDS).mean(axis=1)  # [K, 2]
     assert np.abs(means["gaussian", "none"]).max() < 0.25
     assert means["gaussian", "q"][:, 0].min() > 0.2
