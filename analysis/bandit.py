@@ -391,8 +391,10 @@ def _draw_panel(axis: Any, report: Report, label: str, title: str) -> None:
     axis.scatter(*points.T, s=3, alpha=0.4, linewidths=0, color="#c44e52", zorder=2)
     outside = int((np.abs(points) > limit).any(axis=1).sum())
     if outside:
-        text = f"{outside} of {len(points)} outside"
-        axis.text(0.5, 0.02, text, transform=axis.transAxes, ha="center", fontsize="xx-small")
+        text = f"{outside} of {len(points)} outside of these axes"
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        place = {"transform": axis.transAxes, "ha": "center", "zorder": 4, "bbox": box}
+        axis.text(0.5, 0.03, text, fontsize="xx-small", **place)
 
 
 def _first_seed(frame: pd.DataFrame, label: str) -> pd.DataFrame:
