@@ -133,7 +133,11 @@ def phase_of(learner: Any, step: int) -> tuple[int, ...]:
 
 @runtime_checkable
 class Policy(Protocol):
-    """The last stage's learner."""
+    """The last stage's learner.
+
+    A policy whose draws may leave the bounds can also have `act_unclamped(obs, rng)`: the draw that
+    `act` moves into them, for pictures of its distribution.
+    """
 
     def act(self, obs: Tensor, rng: Rng) -> Tensor:
         """Actions within the dataset's bounds: [K, N, O] -> [K, N, A].

@@ -8,7 +8,7 @@ Two heads. `deterministic` is CORL's BC (any-percent BC): 2 x 256 ReLU, tanh out
 normalised observations. `gaussian` is the maximum-likelihood baseline of Diffusion-QL's bandit
 figure (BC-MLE): an unsquashed diagonal Gaussian with a standard deviation per observation.
 Keeping the best 10 % of the episodes (10 % BC) is a data transform, `data: {top_fraction: 0.1}`.
-Deviations: the Gaussian's log-std is clamped to [-20, 2], as is usual; its source is not known.
+The Gaussian's log-std is clamped to [-20, 2], as in that figure's code (toy_experiments/bc_mle.py).
 """
 
 from __future__ import annotations
@@ -101,13 +101,17 @@ class BehaviourCloning(nn.Module):
 
     def act(self, obs: Tensor, rng: Rng) -> Tensor:
         """[K, N, O] -> [K, N, A]."""
+        return self.act_unclamped(obs, rng).clamp(self.low, self.high)
+
+    def act_unclamped(self, obs: Tensor, rng: Rng) -> Tensor:
+        """The same draw before it is moved into the bounds, which a Gaussian knows nothing of."""
         output = self.actor(self.normalize(obs))
         if self.config.head == "deterministic":
             return self.squash(output)
         action, log_std = self.gaussian(output)
         if self.config.sample_actions:
             action = action + torch.exp(log_std) * rng.normal(*action.shape[1:])
-        return action.clamp(self.low, self.high)
+        return action
 
     def normalize(self, obs: Tensor) -> Tensor:
         return self.normalizer(obs) if self.config.normalize_obs else obs

@@ -40,6 +40,7 @@ from algorithms.api import Batch, Dataset, DatasetSpec, Metrics, Recipe, Rng, Tr
 from algorithms.blocks.critics import (
     QEnsemble,
     max_q_backup,
+    normalized_q_loss,
     polyak_update,
     squared_td_error,
     td_target,
@@ -195,14 +196,11 @@ class DiffusionQL(nn.Module):
         action = self.diffusion.sample(actor, batch.obs, self.low, self.high, rng)
         q = self.critic(batch.obs, action)  # [K, 2, B]
         heads = rng.uniform() < 0.5  # [K]
-        chosen = torch.where(heads, q[:, 0].mean(dim=-1), q[:, 1].mean(dim=-1))
         if self.config.q_normalizer == "other_critic":
-            size = q.abs().mean(dim=-1)
-            scale = torch.where(heads, size[:, 1], size[:, 0])
+            scale = q.abs().mean(dim=-1).flip(1)  # [K, 2]
         else:
-            size = self.critic(batch.obs, batch.action).abs().mean(dim=-1)
-            scale = torch.where(heads, size[:, 0], size[:, 1])
-        return -chosen / scale.detach()
+            scale = self.critic(batch.obs, batch.action).abs().mean(dim=-1)
+        return normalized_q_loss(q, scale, heads)
 
     def lr_scale(self, step: Tensor) -> Tensor | None:
         if self.config.lr_decay == "off":

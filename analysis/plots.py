@@ -48,13 +48,13 @@ def write_figures(
     if curves.empty:
         raise ValueError("no finished run to draw; run a sweep first, or check `harness status`")
     board = build(store, ids, select, seed)
-    written = _save(
+    written = save_figure(
         learning_curves(curves, board, seed),
         out / "learning_curves",
         _curve_source(curves, board, seed),
     )
     if any(row.estimates for row in board.rows):
-        written += _save(aggregate_intervals(board), out / "aggregates", _board_source(board))
+        written += save_figure(aggregate_intervals(board), out / "aggregates", _board_source(board))
     return written
 
 
@@ -66,7 +66,7 @@ def palette(methods: Sequence[str]) -> dict[str, Any]:
     return dict(zip(sorted(methods), colours, strict=False))
 
 
-def _style() -> None:
+def figure_style() -> None:
     import matplotlib as mpl
     import seaborn as sns
 
@@ -90,7 +90,7 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
     Methods with fewer than three seeds in a task are drawn without an interval, each seed as a
     thin line.
     """
-    _style()
+    figure_style()
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -123,7 +123,7 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     _legend(figure, axes.flat[: len(names)])
-    _caption(figure, _curve_caption(frame, board, width=75 * columns))
+    write_caption(figure, _curve_caption(frame, board, width=75 * columns))
     return figure
 
 
@@ -161,7 +161,7 @@ def _legend(figure: Figure, axes: Iterable[Any]) -> None:
     )
 
 
-def _caption(figure: Figure, text: str) -> None:
+def write_caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize="x-small", color="0.35", x=0.01, ha="left")
 
 
@@ -183,7 +183,7 @@ def _curve_caption(frame: pd.DataFrame, board: Leaderboard, width: int) -> str:
 
 def aggregate_intervals(board: Leaderboard) -> Figure:
     """Point and 95 % interval of every aggregate metric, one row a method."""
-    _style()
+    figure_style()
     import matplotlib.pyplot as plt
 
     rows = [row for row in board.rows if row.estimates]
@@ -223,7 +223,7 @@ def aggregate_intervals(board: Leaderboard) -> Figure:
     rule = "BEST evaluation of each run (chosen by test rollouts)"
     if board.scores.select != "best":
         rule = f"protocol {board.scores.select}"
-    _caption(
+    write_caption(
         figure,
         f"Normalised score x 100 over {len(board.aggregated)} tasks, {_range(low, high)} seeds, "
         f"{rule}; 95 % stratified bootstrap over seeds.",
@@ -278,7 +278,7 @@ def _board_source(board: Leaderboard) -> dict[str, Any]:
     }
 
 
-def _save(figure: Figure, stem: Path, source: dict[str, Any]) -> list[Path]:
+def save_figure(figure: Figure, stem: Path, source: dict[str, Any]) -> list[Path]:
     import matplotlib.pyplot as plt
 
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,8 @@ def rich(board: Leaderboard) -> str:
 
 def markdown(board: Leaderboard) -> str:
     """Two Markdown tables, the caption and the notes."""
-    parts = [f"## {board.title}", _markdown_table(*aggregate_rows(board))]
-    parts += ["### Cells", _markdown_table(*cell_rows(board)), _paragraph(board)]
+    parts = [f"## {board.title}", markdown_table(*aggregate_rows(board))]
+    parts += ["### Cells", markdown_table(*cell_rows(board)), _paragraph(board)]
     remarks = _remarks(board)
     if remarks:
         parts.append("\n".join(f"- {_markdown(remark)}" for remark in remarks))
@@ -235,7 +235,7 @@ def _markdown(text: str) -> str:
     return text
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(map(_markdown, cells)) + " |" for cells in (header, *rows)]
     rule = "|" + "|".join([" --- ", *[" ---: "] * (len(header) - 1)]) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -272,6 +272,37 @@ def status(
         console.print(f"{trial_id[:12]}: {_last_line(error)}", highlight=False)
 
 
+@app.command()
+def actions(
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option(help="The parquet file to write.")] = Path("actions.parquet"),
+    count: Annotated[int, typer.Option(help="Actions per trial.")] = 1000,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave out trials without a trained policy.")
+    ] = False,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw actions of every finished trial's final policy at observations of its data."""
+    from harness.actions import draw_actions, write_parquet
+    from harness.spec import load_experiment
+
+    experiment = load_experiment(spec, overrides or [])
+    found, store = _open(home, db)
+    with store:
+        drawn = draw_actions(experiment, store, found, count, partial=partial)
+    write_parquet(drawn.table, out, {"experiment": experiment.name, "count": count})
+    if as_json:
+        summary = {"file": str(out), "trials": drawn.trials, "rows": len(drawn.table)}
+        print(json.dumps({**summary, "left_out": drawn.left_out}))
+        return
+    console.print(f"{out}: {len(drawn.table)} actions of {drawn.trials} trials", highlight=False)
+    for trial_id, reason in drawn.left_out.items():
+        console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
+
+
 # ------------------------------------------------------------------------------------ analysis
 
 
@@ -343,6 +374,32 @@ def _figures(store: Store, out: Path, trial_ids: list[str] | None, select: str, 
     from analysis import plots
 
     for path in plots.write_figures(store, out, trial_ids, select=select, seed=seed):
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bandit(
+    file: Annotated[Path, typer.Argument(help="What `harness actions` wrote for the 2-D bandit.")],
+    out: Annotated[Path, typer.Option(help="Folder of report, numbers and figure.")] = Path(
+        "bandit"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge and draw the 2-D bandit of the Diffusion-QL paper: numbers, claims, figure."""
+    from analysis import bandit as report
+
+    built = report.build(file, seed)
+    paths = report.write(built, out)
+    if as_json:
+        claims = [vars(claim) for claim in built.claims]
+        print(json.dumps({"claims": claims, "files": [str(path) for path in paths]}))
+        return
+    table = Table("claim", "measured", "verdict")
+    for claim in built.claims:
+        table.add_row(claim.text, claim.measured, claim.verdict)
+    console.print(table)
+    for path in paths:
         console.print(str(path), highlight=False, soft_wrap=True)
 
 

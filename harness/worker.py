@@ -12,7 +12,7 @@ import functools
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -195,7 +195,12 @@ def _declared_stage(recipe: Recipe, stage: Stage) -> Train | Make:
     raise ValueError(f"{stage.algorithm} has no {stage.kind} stage named {stage.name!r}")
 
 
-def _load_dataset(stage: Stage, device: torch.device) -> Any:
+def load_dataset(stage: Stage, device: torch.device) -> Any:
+    """The stage's data, after checking that they are those it was planned with.
+
+    Raises:
+        DatasetError: if they are missing, or have another digest.
+    """
     found = datasets.digest(stage.dataset_id)
     if found != stage.dataset_digest:
         raise datasets.DatasetError(
@@ -206,19 +211,57 @@ def _load_dataset(stage: Stage, device: torch.device) -> Any:
     return datasets.load(stage.dataset_id, datasets.DataSpec(**stage.data), device=str(device))
 
 
-def _load_inputs(job: Job, declared: Train | Make, device: torch.device) -> dict[str, StageInput]:
+def _load_inputs(
+    store: ArtifactStore, stages: Sequence[Stage], declared: Train | Make, device: torch.device
+) -> dict[str, StageInput]:
     """The needed stages of all seeds, stacked in the order of the seeds."""
-    store = ArtifactStore(job.home.artifacts)
     inputs = {}
     for need in declared.needs:
-        stages = [stage.needs[need] for stage in job.stack.stages]
         states = [
-            {name: tensor.to(device) for name, tensor in store.load_state(stage_id).items()}
-            for stage_id in stages
+            {
+                name: tensor.to(device)
+                for name, tensor in store.load_state(stage.needs[need]).items()
+            }
+            for stage in stages
         ]
-        config = job.stack.stages[0].need_configs[need]
+        config = stages[0].need_configs[need]
         inputs[need] = StageInput(config=config, state=stack_states(states))
     return inputs
+
+
+def _new_trainer(
+    store: ArtifactStore,
+    stack: Stack,
+    declared: Train,
+    dataset: Any,
+    device: torch.device,
+    compiled: bool,
+) -> Trainer:
+    """A trainer at step 0, its learner on `device` with what it needs."""
+    inputs = _load_inputs(store, stack.stages, declared, device)
+    learner = declared.learner(declared.config, dataset.spec, stack.seeds, inputs)
+    learner.to(device)
+    set_precision(learner, stack.stages[0].precision)
+    return Trainer(learner, dataset, stack.seeds, device, compiled)
+
+
+def load_trained(
+    stage: Stage, dataset: Any, home: Home, registry: Registry, device: torch.device
+) -> Trainer:
+    """A trained stage as its last step left it: a trainer of one seed, whose learner can act.
+
+    Args:
+        dataset: of `load_dataset`.
+    Raises:
+        ArtifactError: if the stage has no artifact, or it is damaged.
+    """
+    store = ArtifactStore(home.artifacts)
+    declared = _declared_stage(registry.get(stage.algorithm), stage)
+    if not isinstance(declared, Train):
+        raise ValueError(f"stage {stage.name!r} of {stage.algorithm} trains nothing")
+    trainer = _new_trainer(store, Stack((stage,)), declared, dataset, device, compiled=False)
+    trainer.load_seed_states([store.load_state(stage.id)])
+    return trainer
 
 
 @dataclass
@@ -241,8 +284,8 @@ def _run_make(job: Job, declared: Make, report: Callable[[Progress], None]) -> s
     device = resolve_device(job.run.device)
     first = job.stack.stages[0]
     report(Progress(0, 1, 0.0, phase="load"))
-    dataset = _load_dataset(first, device)
-    inputs = _load_inputs(job, declared, device)
+    dataset = load_dataset(first, device)
+    inputs = _load_inputs(ArtifactStore(job.home.artifacts), job.stack.stages, declared, device)
     seeds = torch.tensor(job.stack.seeds, dtype=torch.int64, device=device)
     rng = Rng(seeds, torch.zeros_like(seeds), Stream.MAKE)
     out = MakeOutput(len(job.stack.seeds))
@@ -390,13 +433,10 @@ class _TrainingRun:
     def _run(self) -> str:
         started = time.perf_counter()
         self.report(Progress(0, self.declared.steps, 0.0, phase="load"))
-        dataset = _load_dataset(self.stages[0], self.device)
-        inputs = _load_inputs(self.job, self.declared, self.device)
-        seeds = self.job.stack.seeds
-        learner = self.declared.learner(self.declared.config, dataset.spec, seeds, inputs)
-        learner.to(self.device)
-        set_precision(learner, self.stages[0].precision)
-        trainer = Trainer(learner, dataset, seeds, self.device, self.compiled)
+        dataset = load_dataset(self.stages[0], self.device)
+        trainer = _new_trainer(
+            self.store, self.job.stack, self.declared, dataset, self.device, self.compiled
+        )
         self._restore(trainer)
         evaluations = self._evaluations(dataset.spec)
         self.timings["load"] += time.perf_counter() - started

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
 from algorithms.api import Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
@@ -43,7 +43,21 @@ CORL_IQL = {
     "deterministic": True,
     "dropout_rate": 0.1,
 }
+# Two samples of eight rows: the batch of 16 that is safe, see above.
+SMALL_BANDIT = bandit_policies.Config(hidden_dim=16, batch_size=8, mmd_samples=2)
 CONFIGS = {
+    **{
+        f"bandit_policy_{policy}_{guidance}": (
+            bandit_policies.recipe,
+            replace(SMALL_BANDIT, policy=policy, guidance=guidance),
+        )
+        for policy in ("gaussian", "cvae", "mmd")
+        for guidance in ("none", "q")
+    },
+    "bandit_policy_perturbed": (
+        bandit_policies.recipe,
+        replace(SMALL_BANDIT, policy="cvae", guidance="q", act_perturbed=True),
+    ),
     "bc": (bc.recipe, SMALL_BC),
     "bc_gaussian": (bc.recipe, replace(SMALL_BC, head="gaussian", sample_actions=True)),
     "diffusion_ql": (diffusion_ql.recipe, SMALL_QL),
@@ -105,7 +119,8 @@ def test_contract_holds(name):
 def test_asymmetric_action_bounds_are_kept():
     dataset = TinyDataset()
     dataset.spec = replace(dataset.spec, action_low=(-1.0, 0.0), action_high=(2.0, 0.5))
-    for name in ("bc", "bc_gaussian", "cql", "diffusion_ql", "idql", "iql", "rebrac", "td3_bc"):
+    names = ("bc", "bc_gaussian", "cql", "diffusion_ql", "idql", "iql", "rebrac", "td3_bc")
+    for name in (*names, *(name for name in CONFIGS if name.startswith("bandit_policy"))):
         check_recipe(*CONFIGS[name], dataset=dataset)
 
 

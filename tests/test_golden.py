@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from algorithms import bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import Case, TinyDataset
 
@@ -26,7 +26,15 @@ SMALL_IDQL = idql.Config(
 )
 CORL_IQL = {"value_in_use": "previous", "q_loss": "mean", "normalize_obs": True}
 LAGRANGE = {"lagrange": True, "target_gap": 0.8, "max_backup": True, "critic_layers": 5}
+SMALL_BANDIT = bandit_policies.Config(hidden_dim=32, batch_size=32)
 TRIALS = {
+    **{
+        f"bandit_policy_{policy}_{guidance}": (
+            bandit_policies.recipe,
+            replace(SMALL_BANDIT, policy=policy, guidance=guidance),
+        )
+        for policy, guidance in (("cvae", "q"), ("gaussian", "q"), ("mmd", "none"), ("mmd", "q"))
+    },
     "bc": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32)),
     "bc_gaussian": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32, head="gaussian")),
     "diffusion_ql": (diffusion_ql.recipe, SMALL),

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = [
+    bandit_policies.recipe,
     bc.recipe,
     cql.recipe,
     diffusion_ql.recipe,

@@ -157,6 +157,19 @@ def max_q_backup(q: Tensor) -> Tensor:
     return q.amax(dim=2).amin(dim=1)
 
 
+def normalized_q_loss(q: Tensor, scale: Tensor, first: Tensor) -> Tensor:
+    """Minus the mean q of one of two critics over its scale, which is held constant: [K].
+
+    Args:
+        q: at the policy's actions, [K, 2, B].
+        scale: of each critic, [K, 2]. Diffusion-QL's code divides by the *other* critic's mean |q|,
+            `q.abs().mean(-1).flip(1)`.
+        first: whether the first critic is the one, bool [K].
+    """
+    chosen = torch.where(first, q[:, 0].mean(dim=-1), q[:, 1].mean(dim=-1))
+    return -chosen / torch.where(first, scale[:, 0], scale[:, 1]).detach()
+
+
 def polyak_update(
     target: nn.Module, online: nn.Module, tau: float, where: Tensor | None = None
 ) -> None:

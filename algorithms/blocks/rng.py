@@ -42,6 +42,7 @@ class Stream(IntEnum):
     EVALUATION = 2
     MAKE = 3
     TEST = 4
+    ACTIONS = 5  # drawn from a trained policy to look at, outside an environment
 
 
 def _multiply(constant: int, x: Word) -> tuple[Word, Word]:

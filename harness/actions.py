@@ -1,0 +1,171 @@
+"""Actions of trained policies as a table: what a policy does at observations of its data.
+
+Owns which policies, which observations and which random numbers. An action is a function of the
+trial, the row and the number of draws asked for: each trial is loaded alone, so that the others in
+the table do not matter, and the draws have a stream of their own. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from algorithms.blocks.rng import RowRng, Stream
+from harness.artifacts import ArtifactStore
+from harness.home import Home
+from harness.plan import Stage, make_plan
+from harness.registry import Registry
+from harness.spec import Experiment, TrialSpec
+from harness.trainer import Trainer, resolve_device
+from harness.typed import content_hash
+from harness.worker import load_dataset, load_trained
+
+if TYPE_CHECKING:
+    from results.store import Store
+
+MOST_ROWS = 2**24 - 2  # rows have a random number stream each; see `RowRng`
+CHUNK_ROWS = 4096  # of one policy call
+MOST_NAMED = 8  # trials in an error message
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A table of actions, and the trials that are not in it.
+
+    Columns: `trial_id`, `label`, `algorithm`, `dataset_id`, `seed`, `draw` (0, 1, ...), `row` (the
+    transition whose observation it was), `obs_*`, `action_*`, and `unclamped_*`: the same draws
+    before they are moved into the bounds, where the policy has `act_unclamped`.
+    """
+
+    table: pd.DataFrame
+    left_out: dict[str, str]  # trial id -> why
+
+    @property
+    def trials(self) -> int:
+        """How many trials are in the table."""
+        return int(self.table.trial_id.nunique())
+
+
+def draw_actions(
+    experiment: Experiment,
+    store: Store,
+    home: Home,
+    count: int = 1000,
+    partial: bool = False,
+    registry: Registry | None = None,
+) -> Drawn:
+    """`count` actions of every finished trial, at evenly spaced rows of its dataset.
+
+    Args:
+        partial: leave out trials without a trained policy instead of refusing.
+    Raises:
+        ValueError: if trials have no trained policy, naming them, or `count` is out of range.
+        DatasetError: if a dataset is missing or changed.
+        ArtifactError: if an artifact is damaged.
+    """
+    if not 1 <= count <= MOST_ROWS:
+        raise ValueError(f"count is {count}; expected 1 to {MOST_ROWS} actions per trial")
+    registry = registry or Registry()
+    artifacts = ArtifactStore(home.artifacts)
+    plan = make_plan(experiment, store, artifacts, home.work, registry)
+    stages = {trial.id: stage for stage in plan.stages.values() for trial in stage.trials}
+    left_out = {}
+    for trial in experiment.trials:
+        status = plan.statuses.get(trial.id, "never run")
+        if status != "done":
+            left_out[trial.id] = status
+        elif stages[trial.id].id not in plan.cached:
+            left_out[trial.id] = "done, but its artifact is not in this home folder"
+    trained = [trial for trial in experiment.trials if trial.id not in left_out]
+    if not trained or (left_out and not partial):
+        raise ValueError(_refusal(experiment.trials, left_out, bool(trained)))
+    device = resolve_device(experiment.run.device)
+    datasets: dict[str, Any] = {}
+    tables = []
+    for trial in trained:
+        stage = stages[trial.id]
+        key = content_hash([stage.dataset_id, dict(stage.data)])
+        if key not in datasets:
+            datasets[key] = load_dataset(stage, device)
+        trainer = load_trained(stage, datasets[key], home, registry, device)
+        tables.append(_table(trial, stage, trainer, datasets[key], count))
+    return Drawn(pd.concat(tables, ignore_index=True), left_out)
+
+
+def _refusal(trials: tuple[TrialSpec, ...], left_out: Mapping[str, str], some: bool) -> str:
+    names = [f"{t.label} seed {t.seed} ({left_out[t.id]})" for t in trials if t.id in left_out]
+    shown = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+    advice = "Sweep the experiment first" + (", or leave them out with --partial" if some else "")
+    return f"{len(names)} of {len(trials)} trials have no trained policy: {shown}. {advice}"
+
+
+def _table(
+    trial: TrialSpec, stage: Stage, trainer: Trainer, dataset: Any, count: int
+) -> pd.DataFrame:
+    rows = np.arange(count) * dataset.spec.num_steps // count
+    obs = dataset.obs[torch.from_numpy(rows).to(trainer.device)]  # [N, O]
+    free, action = _act(trainer, obs)
+    if not np.isfinite(action).all():
+        raise ValueError(
+            f"the policy of {trial.label} seed {trial.seed} gives actions that are not finite, "
+            "although its run is done"
+        )
+    columns: dict[str, Any] = {
+        "trial_id": trial.id,
+        "label": trial.label,
+        "algorithm": trial.algorithm,
+        "dataset_id": stage.dataset_id,
+        "seed": trial.seed,
+        "draw": np.arange(count),
+        "row": rows,
+    }
+    for name, values in (("obs", obs.cpu().numpy()), ("action", action), ("unclamped", free)):
+        columns |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
+    return pd.DataFrame(columns)
+
+
+def _act(trainer: Trainer, obs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Draws [N, A] of a trainer's one seed, before and after they are moved into the bounds."""
+    policy: Any = trainer.learner
+    calls = {"action": policy.act}
+    if hasattr(policy, "act_unclamped"):
+        calls["unclamped"] = policy.act_unclamped
+    found: dict[str, list[np.ndarray]] = {name: [] for name in calls}
+    for start in range(0, len(obs), CHUNK_ROWS):
+        part = obs[start : start + CHUNK_ROWS].unsqueeze(0)
+        row = torch.arange(start, start + part.shape[1], device=obs.device).unsqueeze(0)
+        for name, call in calls.items():
+            # Made anew for each call, so that both get the same numbers.
+            rng = RowRng(trainer.seeds, trainer.step, Stream.ACTIONS, row, torch.zeros_like(row))
+            with torch.no_grad():
+                found[name].append(call(part, rng)[0].cpu().numpy())
+    drawn = {name: np.concatenate(parts) for name, parts in found.items()}
+    return drawn.get("unclamped", drawn["action"]), drawn["action"]
+
+
+def write_parquet(table: pd.DataFrame, path: Path, about: Mapping[str, Any]) -> None:
+    """Writes a table under its final name complete or not at all, `about` in its metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    metadata = {"harness": json.dumps(dict(about), sort_keys=True)}
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(arrow.replace_schema_metadata(metadata), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
