@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis.plots import write_caption, save_figure, figure_style
+from analysis.plots import figure_style, save_figure, write_caption
 from analysis.stats import MIN_SEEDS, Estimate, mean_interval
 from analysis.tables import markdown_table
 
