@@ -4,10 +4,10 @@
 
 Published size (the defaults of its config) on data of Hopper's shape (11 observations, 3 actions).
 For each stack size K it times the same steps eager, compiled, and compiled with products in
-bfloat16; the ratio to K = 1 of the same mode is what to read. Memory is the peak while stepping less
-the peak before the learner was built, divided by K: of the allocator on a GPU; on a CPU of the
-process, so that every row runs in a process of its own, code generation counts, and what the imports
-freed is used again for nothing.
+bfloat16; the ratio to K = 1 of the same mode is what to read. Memory is the peak while stepping
+less the peak before the learner was built, divided by K: of the allocator on a GPU; on a CPU of the
+process, so that every row runs in a process of its own, code generation counts, and what the
+imports freed is used again for nothing.
 """
 
 from __future__ import annotations
