@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from harness.registry import Registry
+from results import archive
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("algorithms", "analysis", "harness", "results")
@@ -245,8 +246,15 @@ def tracked_text() -> Iterator[tuple[str, int, str]]:
         path = REPOSITORY / name
         if not path.is_file() or path.suffix in (".png", ".pdf", ".safetensors", ".npz", ".gz"):
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_lines(path), 1):
             yield name, number, line
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file, or the records of an archive of results."""
+    if path.suffix == ".parquet":
+        return [repr(record) for record in archive.read(path)]
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def test_no_file_holds_a_path_of_somebodys_machine():
