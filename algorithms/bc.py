@@ -13,7 +13,6 @@ The Gaussian's log-std is clamped to [-20, 2], as in that figure's code (toy_exp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.api import Batch, Dataset, DatasetSpec, Metrics, Recipe, Rng, Train
+from algorithms.blocks.gaussians import normal_log_prob
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, gradients
@@ -94,9 +94,7 @@ class BehaviourCloning(nn.Module):
     def neg_log_prob(self, actor: Any, batch: Batch) -> tuple[Tensor, Metrics]:
         """-log N(a; mean(s), std(s)**2), sum over action dimensions, mean over the batch, [K]."""
         mean, log_std = self.gaussian(actor(self.normalize(batch.obs)))
-        z = (batch.action - mean) * torch.exp(-log_std)  # [K, B, A]
-        log_prob = -0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)
-        per_seed = -log_prob.sum(dim=-1).mean(dim=-1)
+        per_seed = -normal_log_prob(batch.action, mean, log_std).mean(dim=-1)
         return per_seed, {"bc_loss": per_seed, "std": torch.exp(log_std).mean(dim=(1, 2))}
 
     def act(self, obs: Tensor, rng: Rng) -> Tensor:

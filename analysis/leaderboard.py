@@ -194,15 +194,14 @@ def _row_notes(rows: list[MethodRow]) -> list[str]:
 
 
 def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list[str]:
-    rule = {
-        "last": "last evaluation of a run",
-        "best": "BEST evaluation of a run (chosen by test rollouts: optimistic, not offline)",
-    }.get(scores.select, "")
     kind, count = parse_select(scores.select)
-    if kind == "cloning-loss":
-        rule = f"at the checkpoint of cloning-loss rank {count} (offline: no rollout chooses)"
-    elif not rule:
-        rule = f"mean of the {count} last evaluations"
+    several = f"mean of the {count} last evaluations"
+    rule = {
+        "last": "last evaluation of a run" if scores.select == "last" else several,
+        "cloning-loss": f"at the checkpoint of cloning-loss rank {count} "
+        "(offline: no rollout chooses)",
+        "best": "BEST evaluation of a run (chosen by test rollouts: optimistic, not offline)",
+    }[kind]
     lines = [
         "Normalised scores x 100 (0 is ref_min, 100 ref_max); raw returns where a task has no "
         "references",

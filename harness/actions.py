@@ -8,8 +8,6 @@ the table do not matter, and the draws have a stream of their own. Judges nothin
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from harness.spec import Experiment, TrialSpec
 from harness.trainer import Trainer, resolve_device
 from harness.typed import content_hash
 from harness.worker import load_dataset, load_trained
+from results.archive import save_table
 
 if TYPE_CHECKING:
     from results.store import Store
@@ -155,17 +154,7 @@ def _act(trainer: Trainer, obs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 def write_parquet(table: pd.DataFrame, path: Path, about: Mapping[str, Any]) -> None:
     """Writes a table under its final name complete or not at all, `about` in its metadata."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     metadata = {"harness": json.dumps(dict(about), sort_keys=True)}
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(arrow.replace_schema_metadata(metadata), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_table(arrow.replace_schema_metadata(metadata), path)

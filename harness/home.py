@@ -1,9 +1,9 @@
-"""Where a sweep keeps its files: one folder, one place that knows its layout.
+"""Where a sweep keeps its files: one folder, one place that knows its layout. In it:
 
-<home>/results.db               the results database, unless a URL says otherwise
-<home>/artifacts/<stage_id>/    published stages, content-addressed
-<home>/work/<stage_id>/         spool.jsonl, checkpoints/<step>/, lock: a stage in progress
-<home>/figures/                 what `harness figures` draws
+results.db              the results database, unless a URL says otherwise
+artifacts/<stage_id>/   published stages, content-addressed
+work/<stage_id>/        spool.jsonl, checkpoints/<step>/, lock: a stage in progress
+figures/                what `harness figures` draws
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from results.records import (
     Record,
     RunRecord,
     TrialRecord,
+    run_from_json,
 )
 
 _KINDS: dict[str, type] = {
@@ -210,8 +211,7 @@ def _unpack(line: dict[str, Any]) -> list[Record]:
     if kind not in _KINDS:
         raise ValueError(f"unknown kind {kind!r}; expected one of {[*_KINDS, 'evals', 'metrics']}")
     if kind == "run":
-        line["stack"] = tuple(line["stack"])
-        line["segments"] = tuple(line["segments"])
+        return [run_from_json(line)]
     return [_KINDS[kind](**line)]
 
 

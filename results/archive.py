@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from results.errors import StoreError
 from results.records import Record
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from results.store import Store
 
 KINDS = {
@@ -43,7 +46,6 @@ def write(store: Store, path: Path, trial_ids: Iterable[str] | None = None) -> i
         StoreError: if there are no rows.
     """
     import pyarrow as pa
-    from pyarrow import parquet
 
     found = list(store.records(KINDS.values(), trial_ids))
     if not found:
@@ -54,14 +56,28 @@ def write(store: Store, path: Path, trial_ids: Iterable[str] | None = None) -> i
             "record": [json.dumps(dataclasses.asdict(record), sort_keys=True) for record in found],
         }
     )
+    save_table(table, path, compression="zstd")
+    return len(found)
+
+
+def save_table(table: pa.Table, path: Path, **options: Any) -> None:
+    """Writes a parquet file under its final name complete or not at all.
+
+    Args:
+        options: of `pyarrow.parquet.write_table`.
+    """
+    from pyarrow import parquet
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        parquet.write_table(table, temporary, compression="zstd")
+        with temporary.open("wb") as file:
+            parquet.write_table(table, file, **options)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return len(found)
 
 
 def read(path: Path) -> list[Record]:
@@ -87,12 +103,13 @@ def _record(kind: str, text: str, path: Path) -> Any:
     if kind not in KINDS:
         raise StoreError(f"{path}: unknown kind of record {kind!r}; written by a newer version?")
     values = json.loads(text)
-    for name in ("stack", "segments"):  # tuples, which JSON lacks
-        if name in values:
-            values[name] = tuple(values[name])
     try:
-        return KINDS[kind](**values)
-    except TypeError as error:
+        return (
+            records.run_from_json(values)
+            if KINDS[kind] is records.RunRecord
+            else KINDS[kind](**values)
+        )
+    except (KeyError, TypeError) as error:
         raise StoreError(f"{path}: a {kind} does not fit this version: {error}") from error
 
 

@@ -108,3 +108,13 @@ class ArtifactRecord:
 
 
 Record = DatasetRecord | TrialRecord | RunRecord | EvalRecord | MetricRecord | ArtifactRecord
+
+
+def run_from_json(values: Mapping[str, Any]) -> RunRecord:
+    """A run from its fields as JSON keeps them, where its tuples are lists.
+
+    Raises:
+        KeyError, TypeError: if a field is missing, unknown or not a list where a list belongs.
+    """
+    lists = {name: tuple(values[name]) for name in ("stack", "segments")}
+    return RunRecord(**{**values, **lists})

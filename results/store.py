@@ -34,6 +34,7 @@ from results.records import (
     RunRecord,
     Status,
     TrialRecord,
+    run_from_json,
 )
 
 if TYPE_CHECKING:
@@ -346,10 +347,7 @@ class Store:
             query = sa.select(*(table.c[name] for name in names)).where(restrict[kind])
             for row in self._read(query.order_by(*table.primary_key)):
                 values = dict(zip(names, row, strict=True))
-                for name in ("stack", "segments"):  # stored as JSON lists
-                    if name in values:
-                        values[name] = tuple(values[name])
-                yield kind(**values)
+                yield run_from_json(values) if kind is RunRecord else kind(**values)
 
     def statuses(self, trial_ids: Iterable[str] | None = None) -> dict[str, RunRecord]:
         """The latest attempt of each trial; trials without a run have no entry."""
@@ -358,10 +356,7 @@ class Store:
         query = sa.select(*columns).order_by(*_attempt_order(table.c))
         latest: dict[str, RunRecord] = {}
         for row in self._read(self._only(query, table.c.trial_id, trial_ids)):
-            values = dict(row._mapping)
-            values["stack"] = tuple(values["stack"])
-            values["segments"] = tuple(values["segments"])
-            latest[row.trial_id] = RunRecord(**values)
+            latest[row.trial_id] = run_from_json(dict(row._mapping))
         return latest
 
     def counts(self) -> dict[str, int]:
