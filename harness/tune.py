@@ -232,7 +232,10 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
 
 @contextlib.contextmanager
 def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
-    """First SIGINT (or SIGTERM): `on_interrupt`; the next one: KeyboardInterrupt."""
+    """First SIGINT (or SIGTERM, or SIGUSR1): `on_interrupt`; the next one: KeyboardInterrupt.
+
+    SIGTERM and SIGUSR1 are what schedulers send some time before they kill.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -244,7 +247,8 @@ def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt
         on_interrupt()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
