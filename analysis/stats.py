@@ -124,7 +124,7 @@ def check(scores: ScoreLists, names: Sequence[str] | None = None) -> None:
         ValueError: if a task has no score, or one that is not finite.
     """
     if len(scores) == 0:
-        raise ValueError("no task to aggregate; expected at least one list of scores")
+        raise ValueError("no scores; expected at least one list of them")
     for index, values in enumerate(scores):
         name = f"task {index}" if names is None else names[index]
         if len(values) == 0:

@@ -115,7 +115,7 @@ def test_scores_beyond_one_do_not_count_against_the_optimality_gap():
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([], "no task"), ([[0.1], []], "task 1 has no scores"), ([[0.1, np.nan]], "the score nan")],
+    [([], "no scores"), ([[0.1], []], "task 1 has no scores"), ([[0.1, np.nan]], "the score nan")],
 )
 def test_what_cannot_be_aggregated_is_refused(scores, message):
     with pytest.raises(ValueError, match=message):
