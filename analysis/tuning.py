@@ -61,15 +61,20 @@ def policies(
     if last.empty:
         return {}
     tasks = read_tasks(store, trials)
-    trials = trials.set_index("trial_id")
+    origin = {
+        row["trial_id"]: (
+            row["algorithm"],
+            tasks[row["dataset_id"], row["dataset_digest"], row["simulator"]],
+        )
+        for row in trials.to_dict("records")
+    }
     episodes = store.evaluations(ids, run_ids=[str(run) for run in last.index])
     episodes = episodes[episodes.step == episodes.run_id.map(last)]
     found: dict[tuple[str, str], list[list[float]]] = {}
     for trial_id, part in episodes.groupby("trial_id"):
-        row = trials.loc[trial_id]
-        task = tasks[row.dataset_id, row.dataset_digest, row.simulator]
+        algorithm, task = origin[trial_id]
         scores = [task.score(value) for value in part.episode_return]
-        found.setdefault((row.algorithm, task.name), []).append(scores)
+        found.setdefault((algorithm, task.name), []).append(scores)
     return dict(sorted(found.items()))
 
 
