@@ -28,11 +28,14 @@ Origin = Literal["own", "rerun", "quoted"]
 SELECTIONS = (
     "last",
     "last-10",
-    "cloning-loss",
+    "cloning-loss-1",
+    "cloning-loss-2",
+    "cloning-loss-3",
     "best",
     "unknown",
     "after online finetuning",
 )
+"""Rules as in `harness leaderboard --select`, and two that are none."""
 
 
 @dataclass(frozen=True)
