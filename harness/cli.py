@@ -398,6 +398,30 @@ def _published_settings(algorithm: str, preset: str, names: Sequence[str]) -> di
     return {**config, **{f"data.{name}": value for name, value in data.items()}}
 
 
+@app.command("import")
+def import_runs(
+    file: Annotated[Path, typer.Argument(help="What other code wrote.")],
+    file_format: Annotated[str, typer.Option("--format", help="corl, d3rlpy, unifloral or csv.")],
+    algorithm: Annotated[str | None, typer.Option(help="Where the file does not say it.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the file does not say it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Where the file does not say it.")] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Gradient steps between evaluations (corl).")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Shown instead of the algorithm.")] = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Take in runs of other code, shown as imported; nothing in the file is executed."""
+    from results.importing import Told, import_file
+
+    _, store = _open(home, db)
+    with store:
+        runs = import_file(store, file, file_format, Told(algorithm, dataset, seed, every), label)
+    cells = len({(run.algorithm, run.dataset) for run in runs})
+    console.print(f"{len(runs)} imported runs of {cells} methods x datasets", highlight=False)
+
+
 @app.command()
 def archive(
     spec: SpecArgument,
