@@ -33,6 +33,7 @@ from results.store import Store
 
 Unit = Literal["score", "return"]
 SOURCE = "imported"
+"""`config["source"]` of an imported trial, and what its simulator and device are called."""
 
 
 class ImportFileError(ValueError):
