@@ -409,21 +409,30 @@ def leaderboard(
         str, typer.Option("--format", help="rich, markdown, csv, latex or json.")
     ] = "rich",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    interval: Annotated[
+        str, typer.Option(help="percentile, bca, or t (covers at 3 to 10 seeds).")
+    ] = "percentile",
     home: HomeOption = None,
     db: DatabaseOption = None,
 ) -> None:
-    """Methods ranked by IQM with 95 % stratified bootstrap intervals over seeds."""
+    """Methods ranked by IQM with 95 % intervals over seeds."""
     _, store = _open_to_read(home, db, spec)
     with store:
-        _leaderboard(store, _trial_ids(spec, overrides), select, output_format, seed)
+        ids = _trial_ids(spec, overrides)
+        _leaderboard(store, ids, select, output_format, seed, interval)
 
 
 def _leaderboard(
-    store: Store, trial_ids: list[str] | None, select: str, output_format: str, seed: int
+    store: Store,
+    trial_ids: list[str] | None,
+    select: str,
+    output_format: str,
+    seed: int,
+    interval: Any = "percentile",
 ) -> None:
     from analysis import leaderboard as board
 
-    built = board.build(store, trial_ids, select=select, seed=seed)
+    built = board.build(store, trial_ids, select=select, seed=seed, interval=interval)
     if output_format == "rich":
         for item in built.renderables():
             console.print(item)
