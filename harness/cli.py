@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -448,7 +448,7 @@ def reproduce(
     dataset: Annotated[str, typer.Option(help="Glob over our dataset ids and D4RL's names.")] = "*",
     margin: Annotated[
         float, typer.Option(help="Points within which two means count as equal.")
-    ] = 5.0,
+    ] = 3.0,
     all_tables: Annotated[
         bool,
         typer.Option("--all-tables", help="Also others' runs and quotations of the same method."),
@@ -485,7 +485,9 @@ def reproduce(
         console.print(f"! {escape(note)}", style="yellow", highlight=False)
 
 
-def _published_settings(algorithm: str, preset: str, names: Sequence[str]) -> dict[str, Any] | None:
+def _published_settings(
+    algorithm: str, preset: str, names: tuple[str, ...]
+) -> dict[str, Any] | None:
     """Settings of the algorithm's table for a dataset, flat; None where it is not registered."""
     from harness.registry import Registry, UnknownAlgorithmError, hparams_for
     from harness.spec import data_spec_class
