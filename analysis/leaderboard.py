@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis import stats
+from analysis.comparison import ALPHA, Comparison, compare
 from analysis.load import Cell, MissingScoresError, Scores, Task, load_scores, parse_select
+from results.importing import SOURCE
 
 if TYPE_CHECKING:
     from results.store import Store
 
 FORMATS = ("rich", "markdown", "csv", "latex", "json")
 REPS = 10_000
+RANK_REPS = 2_000  # all methods are ranked anew in each
 OnMissing = Literal["show", "drop-task", "refuse"]
 
 
@@ -49,6 +52,8 @@ class Leaderboard:
         caption: how the numbers came about, in sentences.
         notes: what is missing, left out or kept apart, in sentences.
         seed: of the bootstrap.
+        comparison: ranks and pairs of the aggregated methods with enough seeds; None if there
+            are fewer than two.
     """
 
     rows: tuple[MethodRow, ...]
@@ -59,6 +64,7 @@ class Leaderboard:
     seed: int
     reps: int = REPS
     title: str = "Leaderboard"
+    comparison: Comparison | None = None
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -104,6 +110,7 @@ def build(
     *,
     on_missing: OnMissing = "show",
     reps: int = REPS,
+    interval: stats.Interval = "percentile",
 ) -> Leaderboard:
     """The leaderboard of some trials.
 
@@ -115,12 +122,15 @@ def build(
             and names the others; "drop-task" compares all methods on the tasks where all are
             complete; "refuse" raises.
         reps: bootstrap resamples.
+        interval: of the aggregates: "percentile", "bca" or "t" (see docs/statistics.md).
     Raises:
-        ValueError: if a rule is unknown.
+        ValueError: if a rule or the interval is unknown.
         MissingScoresError: under "refuse", naming the cells without scores.
     """
     if on_missing not in ("show", "drop-task", "refuse"):
         raise ValueError(f"on_missing is {on_missing!r}; expected show, drop-task or refuse")
+    if interval not in _INTERVALS:
+        raise ValueError(f"interval is {interval!r}; expected {', '.join(_INTERVALS)}")
     scores = load_scores(store, trial_ids, select)
     notes = list(scores.notes)
     tasks = [task for task in scores.tasks if task.normalized]
@@ -141,30 +151,56 @@ def build(
         }
         tasks = [task for task in tasks if not dropped[task.name]]
         notes += [f"Task left out: {'; '.join(dropped[name])}" for name in dropped if dropped[name]]
-    rows = [_row(scores, method, tasks, reps, seed) for method in scores.methods]
+    rows = [_row(scores, method, tasks, reps, seed, interval) for method in scores.methods]
     rows.sort(
         key=lambda row: (-row.estimates["IQM"].value if row.estimates else float("inf"), row.method)
     )
     notes += _row_notes(rows)
+    comparison = _compare(scores, rows, tasks, seed)
+    ranked = comparison is not None
     return Leaderboard(
         rows=tuple(rows),
         aggregated=tuple(tasks),
         scores=scores,
-        caption=tuple(_caption(store, scores, tasks, reps)),
+        caption=tuple(_caption(store, scores, tasks, _INTERVALS[interval], reps, ranked)),
         notes=tuple(notes),
         seed=seed,
         reps=reps,
+        comparison=comparison,
     )
 
 
-def _row(scores: Scores, method: str, tasks: list[Task], reps: int, seed: int) -> MethodRow:
+def _compare(
+    scores: Scores, rows: list[MethodRow], tasks: list[Task], seed: int
+) -> Comparison | None:
+    """Of the methods that are complete and have enough seeds everywhere."""
+    ranked = [
+        row.method
+        for row in rows
+        if row.estimates and row.seeds and row.seeds[0] >= stats.MIN_SEEDS
+    ]
+    if len(ranked) < 2:
+        return None
+    names = [task.name for task in tasks]
+    table = {m: dict(zip(names, scores.matrix(m, tasks), strict=True)) for m in ranked}
+    return compare(table, reps=RANK_REPS, seed=seed)
+
+
+def _row(
+    scores: Scores,
+    method: str,
+    tasks: list[Task],
+    reps: int,
+    seed: int,
+    interval: stats.Interval,
+) -> MethodRow:
     gaps = scores.gaps(method, tasks)
     found = [scores.cells[method, t.name] for t in tasks if (method, t.name) in scores.cells]
     counts = [len(cell.scores) for cell in found]
     return MethodRow(
         method=method,
         estimates=(
-            stats.aggregate(scores.matrix(method, tasks), reps, seed)
+            stats.aggregate(scores.matrix(method, tasks), reps, seed, interval=interval)
             if tasks and not gaps
             else None
         ),
@@ -193,7 +229,9 @@ def _row_notes(rows: list[MethodRow]) -> list[str]:
     return notes
 
 
-def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list[str]:
+def _caption(
+    store: Store, scores: Scores, tasks: list[Task], interval: str, reps: int, ranked: bool
+) -> list[str]:
     kind, count = parse_select(scores.select)
     several = f"mean of the {count} last evaluations"
     rule = {
@@ -207,10 +245,16 @@ def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list
         "references",
         f"Score of a seed: {rule}",
         *_protocols(store, scores),
-        f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'} with 95 % percentile "
-        f"intervals of a stratified bootstrap over seeds ({reps:,} resamples)",
-        "Cells: mean ± sample standard deviation over seeds (number of seeds)",
+        f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'} with 95 % "
+        + interval.format(reps=f"{reps:,}"),
     ]
+    if ranked:
+        lines.append(
+            "Rank: by IQM, among methods with enough seeds, with its 95 % interval over resamples; "
+            "methods that share a letter do not differ significantly (probability of improvement, "
+            f"exact permutation tests within tasks, Holm at {100 * ALPHA:g} %)"
+        )
+    lines.append("Cells: mean ± sample standard deviation over seeds (number of seeds)")
     sources = sorted({task.ref_source or "unnamed" for task in tasks})
     if sources:
         lines.append(f"Reference returns: {'; '.join(sources)}")
@@ -225,6 +269,11 @@ def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list
     return lines
 
 
+_INTERVALS = {
+    "percentile": "percentile intervals of a stratified bootstrap over seeds ({reps} resamples)",
+    "bca": "BCa intervals of a stratified bootstrap over seeds ({reps} resamples)",
+    "t": "t intervals (jackknife over seeds within tasks)",
+}
 _NOT_ORIGINAL = ("regenerated", "different")
 
 
@@ -235,8 +284,10 @@ def _protocols(store: Store, scores: Scores) -> list[str]:
     evaluations = trials[trials.variant_id.isin(variants)].evaluation
     found = sorted(
         {
-            f"{one.get('episodes', '?')} episodes every {one.get('every', '?')} gradient steps, "
-            f"environment seeds from {one.get('first_env_seed', 0)}"
+            "of imported runs, as their sources did"
+            if one.get("source") == SOURCE
+            else f"{one.get('episodes', '?')} episodes every {one.get('every', '?')} gradient "
+            f"steps, environment seeds from {one.get('first_env_seed', 0)}"
             for one in evaluations
         }
     )

@@ -409,26 +409,122 @@ def leaderboard(
         str, typer.Option("--format", help="rich, markdown, csv, latex or json.")
     ] = "rich",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    interval: Annotated[
+        str, typer.Option(help="percentile, bca, or t (covers at 3 to 10 seeds).")
+    ] = "percentile",
     home: HomeOption = None,
     db: DatabaseOption = None,
 ) -> None:
-    """Methods ranked by IQM with 95 % stratified bootstrap intervals over seeds."""
+    """Methods ranked by IQM with 95 % intervals over seeds."""
     _, store = _open_to_read(home, db, spec)
     with store:
-        _leaderboard(store, _trial_ids(spec, overrides), select, output_format, seed)
+        ids = _trial_ids(spec, overrides)
+        _leaderboard(store, ids, select, output_format, seed, interval)
 
 
 def _leaderboard(
-    store: Store, trial_ids: list[str] | None, select: str, output_format: str, seed: int
+    store: Store,
+    trial_ids: list[str] | None,
+    select: str,
+    output_format: str,
+    seed: int,
+    interval: Any = "percentile",
 ) -> None:
     from analysis import leaderboard as board
 
-    built = board.build(store, trial_ids, select=select, seed=seed)
+    built = board.build(store, trial_ids, select=select, seed=seed, interval=interval)
     if output_format == "rich":
         for item in built.renderables():
             console.print(item)
     else:
         print(built.render(output_format))
+
+
+@app.command()
+def reproduce(
+    algorithm: Annotated[
+        str | None, typer.Argument(help="Only this algorithm (default: all).")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Glob over our dataset ids and D4RL's names.")] = "*",
+    margin: Annotated[
+        float, typer.Option(help="Points within which two means count as equal.")
+    ] = 3.0,
+    all_tables: Annotated[
+        bool,
+        typer.Option("--all-tables", help="Also others' runs and quotations of the same method."),
+    ] = False,
+    output_format: Annotated[
+        str, typer.Option("--format", help="rich, markdown or json.")
+    ] = "rich",
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Printed numbers beside ours, each with a verdict and what it rests on."""
+    from analysis import verdicts
+
+    if output_format not in ("rich", "markdown", "json"):
+        raise ValueError(f"unknown format {output_format!r}; expected rich, markdown or json")
+    _, store = _open_to_read(home, db, None)
+    with store:
+        report = verdicts.reproduce(
+            store, algorithm, dataset, margin, _published_settings, all_tables=all_tables
+        )
+    if output_format != "rich":
+        print(verdicts.markdown(report) if output_format == "markdown" else verdicts.json(report))
+        return
+    from rich.markup import escape
+
+    table = Table(*verdicts.HEADER, title=f"Printed numbers and ours (margin {margin:g} points)")
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in verdicts.rows(report):
+        table.add_row(*map(escape, row), end_section=True)
+    console.print(table)
+    console.print(verdicts.caption(report), style="dim", highlight=False)
+    for note in report.notes:
+        console.print(f"! {escape(note)}", style="yellow", highlight=False)
+
+
+def _published_settings(
+    algorithm: str, preset: str, names: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """Settings of the algorithm's table for a dataset, flat; None where it is not registered."""
+    from harness.registry import Registry, UnknownAlgorithmError, hparams_for
+    from harness.spec import data_spec_class
+    from harness.typed import config_from_dict, config_to_dict
+
+    try:
+        recipe = Registry().get(algorithm)
+    except UnknownAlgorithmError:
+        return None
+    found = hparams_for(recipe, names, preset)
+    config = config_to_dict(config_from_dict(recipe.config, found.config, algorithm))
+    data = config_to_dict(data_spec_class()(**found.data))
+    return {**config, **{f"data.{name}": value for name, value in data.items()}}
+
+
+@app.command("import")
+def import_runs(
+    file: Annotated[Path, typer.Argument(help="What other code wrote.")],
+    file_format: Annotated[str, typer.Option("--format", help="corl, d3rlpy, unifloral or csv.")],
+    algorithm: Annotated[str | None, typer.Option(help="Where the file does not say it.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the file does not say it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Where the file does not say it.")] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Gradient steps between evaluations (corl).")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Shown instead of the algorithm.")] = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Take in runs of other code, shown as imported; nothing in the file is executed."""
+    from results.importing import Told, import_file
+
+    _, store = _open(home, db)
+    with store:
+        runs = import_file(store, file, file_format, Told(algorithm, dataset, seed, every), label)
+    cells = len({(run.algorithm, run.dataset) for run in runs})
+    console.print(f"{len(runs)} imported runs of {cells} methods x datasets", highlight=False)
 
 
 @app.command()
