@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.api import Batch, Dataset, DatasetSpec, Metrics, Recipe, Rng, Train
+from algorithms.blocks.candidates import pick, softmax_index
 from algorithms.blocks.critics import (
     QEnsemble,
     max_q_backup,
@@ -219,10 +220,9 @@ class DiffusionQL(nn.Module):
         repeated = obs.unsqueeze(2).expand(-1, -1, self.config.num_candidates, -1)  # [K, N, C, O]
         candidates = self.draw(self.actor, repeated, rng)
         score = self.target_critic(repeated, candidates).amin(dim=1)  # [K, N, C]
-        if self.config.candidate_choice == "softmax":  # Gumbel-max: a sample of softmax(score)
-            score = score - torch.log(-torch.log(rng.uniform(*score.shape[1:])))
-        best = score.argmax(dim=-1)[..., None, None].expand(-1, -1, 1, candidates.shape[-1])
-        return candidates.gather(2, best).squeeze(2)
+        if self.config.candidate_choice == "softmax":
+            return pick(candidates, softmax_index(score, rng))
+        return pick(candidates, score.argmax(dim=-1))
 
 
 def stages(config: Config) -> tuple[Train, ...]:

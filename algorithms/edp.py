@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.api import Batch, Dataset, DatasetSpec, Metrics, Recipe, Rng, Train
+from algorithms.blocks.candidates import pick, softmax_index
 from algorithms.blocks.critics import (
     QEnsemble,
     normalized_q_loss,
@@ -179,9 +180,7 @@ class EfficientDiffusionPolicy(nn.Module):
         repeated = obs.unsqueeze(2).expand(-1, -1, self.config.num_candidates, -1)  # [K, N, C, O]
         candidates = self.draw(self.actor, repeated, rng)
         score = self.critic(repeated, candidates).amin(dim=1)  # [K, N, C]
-        score = score - torch.log(-torch.log(rng.uniform(*score.shape[1:])))  # Gumbel-max
-        best = score.argmax(dim=-1)[..., None, None]  # [K, N, 1, 1]
-        return candidates.take_along_dim(best, dim=2).squeeze(2)
+        return pick(candidates, softmax_index(score, rng))
 
 
 def stages(config: Config) -> tuple[Train, ...]:

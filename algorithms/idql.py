@@ -49,6 +49,7 @@ import torch
 from torch import Tensor, nn
 
 from algorithms.api import Batch, Dataset, DatasetSpec, Metrics, Recipe, Rng, Train
+from algorithms.blocks.candidates import pick, softmax_index
 from algorithms.blocks.critics import (
     QEnsemble,
     Value,
@@ -311,10 +312,9 @@ class IDQL(nn.Module):
             self.ema_actor, repeated, self.low, self.high, rng, self.config.sample_noise_scale
         )
         score = self.score(self.min_q(repeated, candidates), obs)  # [K, N, C]
-        if self.config.candidate_choice != "greedy":  # Gumbel-max: a sample of softmax(score)
-            score = score - torch.log(-torch.log(rng.uniform(*score.shape[1:])))
-        best = score.argmax(dim=-1)[..., None, None].expand(-1, -1, 1, candidates.shape[-1])
-        return candidates.gather(2, best).squeeze(2)
+        if self.config.candidate_choice == "greedy":
+            return pick(candidates, score.argmax(dim=-1))
+        return pick(candidates, softmax_index(score, rng))
 
     def score(self, q: Tensor, obs: Tensor) -> Tensor:
         """Log probability of each candidate up to a constant; Q itself under greedy. [K, N, C]."""

@@ -52,12 +52,6 @@ from harness.watchdog import Watchdog
 from results.records import EvalRecord, MetricRecord, RunRecord
 
 KEPT_CHECKPOINTS = 2
-COMPILED_ACT_EVALUATIONS = 10
-"""From how many evaluations on a compiled run compiles acting too.
-
-Compiling takes 20 to 50 s and saves a third to a half of each policy call. The number is that of a
-whole run, so that a run that was resumed acts as one that was not.
-"""
 LOCK_WAIT_S = 15.0
 """How long to wait for a process that is still ending, after a kill."""
 
@@ -364,7 +358,7 @@ class _TrainingRun:
         self.trained = trained
         compiled, self.notice = resolve_compile(job.run.compile, self.device, declared.steps)
         self.compiled = compiled and not self.trained
-        self.may_compile_act = compiled
+        self.compiled_act = compiled and job.run.compile_act
         self.runs = self._begin_runs()
 
     def report(self, progress: Progress) -> None:
@@ -382,6 +376,7 @@ class _TrainingRun:
             "from_step": self.declared.steps if self.trained else self.job.stack.resume_step,
             "device": str(self.device),
             "compiled": self.compiled,
+            "compiled_act": self.compiled_act,
             "stack": list(self.job.stack.seeds),
             "host": provenance.hardware()["host"],
         }
@@ -410,7 +405,7 @@ class _TrainingRun:
                     steps_done=self.job.stack.resume_step,
                     segments=(
                         *(before.segments if before else ()),
-                        {**segment, "compiled_act": self._compiles_act(trial.evaluation)},
+                        segment,
                     ),
                 )
             spool.append(current.values())
@@ -501,14 +496,8 @@ class _TrainingRun:
             for trial in stage.trials:
                 if trial.evaluation not in protocols:
                     protocols.append(trial.evaluation)
-        return [
-            _Evaluation(p, dataset, self.stages, self.job.run.max_envs, self._compiles_act(p))
-            for p in protocols
-        ]
-
-    def _compiles_act(self, protocol: EvaluationSpec) -> bool:
-        count = self.declared.steps // protocol.every
-        return self.may_compile_act and count >= COMPILED_ACT_EVALUATIONS
+        options = (self.job.run.max_envs, self.compiled_act)
+        return [_Evaluation(protocol, dataset, self.stages, *options) for protocol in protocols]
 
     def _train(self, trainer: Trainer, evaluations: list[_Evaluation]) -> str:
         steps, run = self.declared.steps, self.job.run

@@ -279,11 +279,11 @@ def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path):
     assert inline.rows(home_path) == inline.rows(whole)
 
 
-@pytest.mark.parametrize("every", [2, 20])
-def test_a_compiled_run_compiles_acting_if_it_evaluates_often_also_when_it_is_finished_later(
-    spec, tmp_path, every, monkeypatch
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_compiled_run_compiles_acting_if_asked_also_when_it_is_finished_later(
+    spec, tmp_path, asked, monkeypatch
 ):
-    """Counting evaluations of the whole run, so that what is left after a kill acts the same."""
+    """What is left after a kill acts as the whole run did."""
     modes = []
     make = worker.Evaluator
 
@@ -294,7 +294,7 @@ def test_a_compiled_run_compiles_acting_if_it_evaluates_often_also_when_it_is_fi
     monkeypatch.setattr(worker, "Evaluator", noted)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # only the choice
     home = Home.find(tmp_path / "home")
-    job = job_of(spec, home, ["steps=20", f"evaluation.every={every}", "run.compile=on"])
+    job = job_of(spec, home, ["steps=20", "run.compile=on", f"run.compile_act={asked}"])
     run_stack(job, lambda progress: None)
     for stage in job.stack.stages:  # as if killed just before the last row
         records = list(read(home.spool(stage.id)))
@@ -302,7 +302,7 @@ def test_a_compiled_run_compiles_acting_if_it_evaluates_often_also_when_it_is_fi
         with Spool(home.spool(stage.id)) as spool:
             spool.append(records[:-1])
     run_stack(job, lambda progress: None)
-    assert modes == [every == 2] * 2
+    assert modes == [asked] * 2
     for stage in job.stack.stages:
         (*_, last) = (r for r in read(home.spool(stage.id)) if isinstance(r, RunRecord))
         assert [segment["compiled_act"] for segment in last.segments] == modes
