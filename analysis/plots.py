@@ -26,6 +26,13 @@ CURVE_REPS = 2000
 PANEL_INCHES = (3.6, 2.7)
 COLUMNS = 3
 LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # for print
+SERIES_COLOURS = (
+    *("#0173b2", "#de8f05", "#029e73", "#d55e00"),
+    *("#cc78bc", "#ca9161", "#56b4e9", "#949494"),
+)
+"""Eight colours that colour-blind readers tell apart, on white and on black (seaborn's, without
+its pink twin and its yellow); further series repeat them with another of `DASHES`."""
+DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
 
 def write_figures(
@@ -119,7 +126,7 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
         axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
         axis.set_xlim(left=0)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.xaxis.set_major_formatter(FuncFormatter(_step_label))
+        axis.xaxis.set_major_formatter(FuncFormatter(step_label))
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     _legend(figure, axes.flat[: len(names)])
@@ -144,7 +151,8 @@ def _draw_curve(
     axis.plot(steps, values.mean(axis=0), label=label, linewidth=1.5, **style, **few)
 
 
-def _step_label(value: float, position: int) -> str:
+def step_label(value: float, position: int = 0) -> str:
+    """Gradient steps, short: 20k, 1.5M. The second argument is matplotlib's."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"

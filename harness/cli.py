@@ -314,6 +314,9 @@ def leaderboard(
     output_format: Annotated[
         str, typer.Option("--format", help="rich, markdown, csv, latex or json.")
     ] = "rich",
+    html: Annotated[
+        Path | None, typer.Option(help="Write static pages into this folder instead.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     home: HomeOption = None,
     db: DatabaseOption = None,
@@ -321,7 +324,25 @@ def leaderboard(
     """Methods ranked by IQM with 95 % stratified bootstrap intervals over seeds."""
     _, store = _open_to_read(home, db, spec)
     with store:
-        _leaderboard(store, _trial_ids(spec, overrides), select, output_format, seed)
+        ids = _trial_ids(spec, overrides)
+        if html is None:
+            _leaderboard(store, ids, select, output_format, seed)
+            return
+        from analysis.site import pages
+
+        with console.status("writing pages"):
+            first = pages.write(store, html, ids, select, seed, _defaults())
+        console.print(str(first), highlight=False, soft_wrap=True)
+
+
+def _defaults() -> dict[str, dict[str, Any]]:
+    """Algorithm -> its default config, of all that are registered."""
+    import dataclasses
+
+    from harness.registry import Registry
+
+    registry = Registry()
+    return {name: dataclasses.asdict(registry.get(name).config()) for name in registry.names()}
 
 
 def _leaderboard(

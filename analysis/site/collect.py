@@ -1,0 +1,438 @@
+"""What the site shows, gathered from a database: tracks, their rows, and the runs behind a cell.
+
+A track is what may be ranked together: datasets of one suite, each with one content and evaluated
+in one environment, one simulator version, one protocol, one tier. Scores, pooling, aggregates and
+what is missing come from `analysis.load` and `analysis.leaderboard`, once for each track.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from analysis import leaderboard, stats
+from analysis.leaderboard import Leaderboard, MethodRow
+from analysis.load import Cell, Task, evaluation_frame
+from results.schema import canonical_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from results.store import Store
+
+CURVE_REPS = 1000
+ADROIT = ("door", "hammer", "pen", "relocate")
+LOCOMOTION = ("ant", "halfcheetah", "hopper", "walker2d")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attempt at a trial, as a cell's page lists it."""
+
+    run_id: str
+    seed: int
+    attempt: int
+    status: str
+    score: float | None  # of the selected evaluation; None if the run has none that counts
+    note: str  # why there is no score
+    steps: int
+    device: str
+    hours: float  # of the process, divided by the seeds that shared it
+    date: str
+    commit: str
+    dirty: bool
+    versions: Mapping[str, str]
+    compiled: bool
+    stack: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Scores by gradient step; `bounds` is the interval of the mean over seeds, if there is one."""
+
+    steps: tuple[int, ...]
+    mean: tuple[float, ...]
+    bounds: tuple[tuple[float, ...], tuple[float, ...]] | None
+    seeds: Mapping[int, tuple[tuple[int, float], ...]]
+
+
+@dataclass(frozen=True)
+class CellView:
+    """One method on one task, with everything behind its number."""
+
+    slug: str
+    method: str
+    task: Task
+    cell: Cell
+    estimate: stats.Estimate | None  # of the mean over seeds
+    algorithm: str
+    revision: int
+    precision: str
+    config: Mapping[str, Any]
+    changed: Mapping[str, tuple[Any, Any]]  # field -> (default, here)
+    data: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    trial_ids: tuple[str, ...]
+    runs: tuple[Run, ...]
+    curve: Curve | None
+
+    @property
+    def scale(self) -> float:
+        """What a score is multiplied with to be shown."""
+        return 100.0 if self.task.normalized else 1.0
+
+
+@dataclass(frozen=True)
+class RowView:
+    """One method of a track."""
+
+    board: MethodRow
+    algorithm: str
+    cells: tuple[CellView | None, ...]  # as the track's tasks
+    rank: str = ""  # "1–3", empty where the method is not ranked
+    rank_best: int | None = None
+    group: str = ""  # letter of the tie groups, if any
+    latency: float | None = None  # milliseconds per action, if it was measured
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for cell in self.cells if cell for run in cell.runs]
+
+    @property
+    def min_seeds(self) -> int:
+        counts = [len(cell.cell.scores) for cell in self.cells if cell and cell.cell.scores]
+        return min(counts, default=0)
+
+    @property
+    def max_seeds(self) -> int:
+        return max((len(cell.cell.scores) for cell in self.cells if cell), default=0)
+
+    @property
+    def covered(self) -> int:
+        """Tasks with a complete set of scores."""
+        return sum(1 for cell in self.cells if cell and cell.cell.scores and not cell.cell.missing)
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted({run.steps for run in self.runs if run.score is not None})
+
+    @property
+    def date(self) -> str:
+        return max((run.date for run in self.runs), default="")
+
+    @property
+    def commits(self) -> list[str]:
+        return sorted({run.commit for run in self.runs if run.commit})
+
+    @property
+    def dirty(self) -> bool:
+        return any(run.dirty for run in self.runs)
+
+    def hours(self, kind: str) -> float:
+        """Hours on "cpu" or "gpu", all attempts."""
+        on_gpu = kind == "gpu"
+        return sum(run.hours for run in self.runs if (run.device != "cpu") == on_gpu)
+
+
+@dataclass(frozen=True)
+class Track:
+    """What may be ranked together."""
+
+    slug: str
+    suite: str
+    tier: str
+    protocol: str
+    environment: str
+    board: Leaderboard
+    rows: tuple[RowView, ...]
+    title: str
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return self.board.tasks
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The range that interval bars are drawn on."""
+        ends = [
+            bound
+            for row in self.rows
+            if row.board.estimates
+            for bound in vars(row.board.estimates["IQM"]).values()
+            if bound is not None
+        ]
+        return (min(ends), max(ends)) if ends else (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Content:
+    """Everything the pages need."""
+
+    tracks: tuple[Track, ...]
+    datasets: Mapping[str, list[Mapping[str, Any]]]  # dataset id -> a row for each content
+    select: str
+    seed: int
+    notes: tuple[str, ...] = field(default=())
+
+
+def suite_of(dataset_id: str) -> str:
+    """The group of datasets whose scores are aggregated: "mujoco", "adroit", "pointmaze", ..."""
+    parts = dataset_id.split("/")
+    if len(parts) == 1:  # a name of D4RL: hopper-medium-v2, antmaze-umaze-v2
+        first = re.split(r"[-_]", dataset_id)[0]
+        return "mujoco" if first in LOCOMOTION else "adroit" if first in ADROIT else first
+    if parts[0] == "D4RL":
+        return "adroit" if parts[1] in ADROIT else parts[1]
+    return parts[0]
+
+
+def slug(*parts: str) -> str:
+    """A file name: what is readable of the first part, and a hash of all."""
+    text = re.sub(r"[^A-Za-z0-9]+", "-", parts[0]).strip("-").lower()[:40]
+    return f"{text}-{hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:8]}"
+
+
+def collect(
+    store: Store,
+    trial_ids: Iterable[str] | None = None,
+    select: str = "last",
+    seed: int = 0,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    reps: int = leaderboard.REPS,
+) -> Content:
+    """Tracks with their rows and cells.
+
+    Args:
+        trial_ids: None for all that ran.
+        select: which evaluation counts, as for a leaderboard.
+        seed: of the bootstraps.
+        defaults: algorithm -> its default config, which cells are compared with.
+        reps: bootstrap resamples of the aggregates.
+    Raises:
+        ValueError: if there is nothing to show, or the rule is unknown.
+    """
+    ids = None if trial_ids is None else list(trial_ids)
+    trials = store.trials(ids)
+    runs = store.runs(ids)
+    if ids is None:
+        trials = trials[trials.trial_id.isin(runs.trial_id)]
+    if runs.empty:
+        raise ValueError("no run to show; run a sweep first, or check `harness status`")
+    attempts = _by(runs, "trial_id")
+    tracks = [
+        _track(store, key, part, attempts, select, seed, defaults or {}, reps)
+        for key, part in trials.assign(_key=_track_keys(trials)).groupby("_key", sort=True)
+    ]
+    tracks.sort(key=lambda track: (-sum(len(row.runs) for row in track.rows), track.title))
+    shown = set(trials.dataset_id)
+    datasets: dict[str, list[Mapping[str, Any]]] = {}
+    for row in store.datasets().to_dict("records"):
+        if row["dataset_id"] in shown:
+            datasets.setdefault(row["dataset_id"], []).append({str(k): v for k, v in row.items()})
+    return Content(tuple(tracks), datasets, select, seed)
+
+
+def protocol_text(evaluation: Mapping[str, Any]) -> str:
+    """How policies were evaluated, in words."""
+    if not evaluation:
+        return "not recorded"
+    known = (
+        f"{evaluation.get('episodes', '?')} episodes every {evaluation.get('every', '?')} steps, "
+        f"environment seeds from {evaluation.get('first_env_seed', 0)}"
+    )
+    listed = ("episodes", "every", "first_env_seed", "environment", "simulator")
+    other = {name: value for name, value in evaluation.items() if name not in listed}
+    return known + "".join(f", {name} {value}" for name, value in sorted(other.items()))
+
+
+def _track_keys(trials: pd.DataFrame) -> list[tuple[str, str, str, str, int]]:
+    """(suite, tier, protocol, simulator, generation) of each trial.
+
+    Where such a group has one dataset with two contents or two environments, the later one is of
+    the next generation: a track has one of each.
+    """
+    heads = [
+        (suite_of(row.dataset_id), tier_of(row), protocol_text(row.evaluation), row.simulator)
+        for row in trials.itertuples()
+    ]
+    kinds = [
+        (row.dataset_digest, canonical_json(row.evaluation.get("environment")))
+        for row in trials.itertuples()
+    ]
+    found: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    order = trials.created_at.to_numpy().argsort(kind="stable")
+    for place in order:
+        known = found.setdefault((*heads[place], trials.dataset_id.iloc[place]), [])
+        if kinds[place] not in known:
+            known.append(kinds[place])
+    return [
+        (*head, found[*head, dataset].index(kind))
+        for head, dataset, kind in zip(heads, trials.dataset_id, kinds, strict=True)
+    ]
+
+
+def tier_of(trial: Any) -> str:
+    """Whose number it is: ours (trained here) or imported."""
+    return "ours"
+
+
+def _environment(part: pd.DataFrame) -> str:
+    """Version of the tasks' environments and of the simulator: "v5, mujoco 3.11.0"."""
+    names = {(one.get("environment") or {}).get("env_id", "") for one in part.evaluation}
+    versions = sorted({found[0] for name in names if (found := re.findall(r"-(v\d+)$", name))})
+    simulator = ", ".join(sorted(set(part.simulator))) or "simulator not recorded"
+    return f"{'/'.join(versions)}, {simulator}" if versions else simulator
+
+
+def _track(
+    store: Store,
+    key: Any,
+    trials: pd.DataFrame,
+    attempts: Mapping[str, list[Any]],
+    select: str,
+    seed: int,
+    defaults: Mapping[str, Mapping[str, Any]],
+    reps: int,
+) -> Track:
+    suite, tier, protocol, _, generation = key
+    ids = list(trials.trial_id)
+    board = leaderboard.build(store, ids, select, seed, reps=reps)
+    curves = _by(evaluation_frame(store, ids), "method", "task")
+    variants = _by(trials.sort_values("seed"), "variant_id")
+    rows = []
+    for row in board.rows:
+        cells = []
+        for task in board.tasks:
+            found = board.scores.cells.get((row.method, task.name))
+            if found is None:
+                cells.append(None)
+                continue
+            cells.append(
+                _cell(
+                    slug(row.method, *map(str, key), task.name),
+                    row.method,
+                    task,
+                    found,
+                    variants[found.variant_id],
+                    attempts,
+                    curves.get((row.method, task.name), []),
+                    seed,
+                    defaults,
+                )
+            )
+        algorithm = next(cell.algorithm for cell in cells if cell)
+        rows.append(RowView(row, algorithm, tuple(cells)))
+    environment = _environment(trials)
+    marks = [environment, protocol, *([f"data generation {generation + 1}"] if generation else [])]
+    return Track(
+        slug=slug(suite, *map(str, key)),
+        suite=suite,
+        tier=tier,
+        protocol=protocol,
+        environment=environment,
+        board=board,
+        rows=tuple(rows),
+        title=f"{suite}: {'; '.join(marks)}",
+    )
+
+
+def _cell(
+    name: str,
+    method: str,
+    task: Task,
+    cell: Cell,
+    trials: list[Any],
+    attempts: Mapping[str, list[Any]],
+    curve: list[Any],
+    seed: int,
+    defaults: Mapping[str, Mapping[str, Any]],
+) -> CellView:
+    first = trials[0]
+    default = defaults.get(first.algorithm, {})
+    scores = [score for _, score in sorted(cell.scores.items())]
+    runs = [
+        run
+        for trial in trials
+        for run in _runs(trial, cell, attempts.get(trial.trial_id, []))
+    ]
+    return CellView(
+        slug=name,
+        method=method,
+        task=task,
+        cell=cell,
+        estimate=stats.mean_interval(scores, CURVE_REPS, seed) if scores else None,
+        algorithm=first.algorithm,
+        revision=int(first.revision),
+        precision=first.precision,
+        config=first.config,
+        changed={
+            field: (default[field], value)
+            for field, value in sorted(first.config.items())
+            if field in default and canonical_json(default[field]) != canonical_json(value)
+        },
+        data=first.data,
+        evaluation=first.evaluation,
+        trial_ids=tuple(trial.trial_id for trial in trials),
+        runs=tuple(runs),
+        curve=_curve(curve, seed),
+    )
+
+
+def _by(frame: pd.DataFrame, *columns: str) -> dict[Any, list[Any]]:
+    """Rows by the value of a column, or by several; pandas' groups are slow where they are small."""
+    found: dict[Any, list[Any]] = {}
+    for row in frame.itertuples():
+        values = tuple(getattr(row, name) for name in columns)
+        found.setdefault(values if len(values) > 1 else values[0], []).append(row)
+    return found
+
+
+def _runs(trial: Any, cell: Cell, attempts: list[Any]) -> list[Run]:
+    found = []
+    for run in attempts:
+        counts = run.run_id in cell.run_ids
+        ended = run.ended_at if run.ended_at == run.ended_at else run.started_at  # NaT: running
+        error = (run.error or "").strip().splitlines()
+        found.append(
+            Run(
+                run_id=run.run_id,
+                seed=int(trial.seed),
+                attempt=int(run.attempt),
+                status=run.status,
+                score=cell.scores[trial.seed] if counts else None,
+                note="" if counts else error[-1] if error else cell.missing.get(trial.seed, ""),
+                steps=int(run.steps_done),
+                device=run.device,
+                hours=sum(run.timings.values()) / 3600 / max(len(run.stack), 1),
+                date=f"{ended:%Y-%m-%d}",
+                commit=run.git_commit,
+                dirty=bool(run.git_dirty),
+                versions=run.versions,
+                compiled=bool(run.compiled),
+                stack=tuple(run.stack),
+            )
+        )
+    return found
+
+
+def _curve(rows: list[Any], seed: int) -> Curve | None:
+    seeds: dict[int, dict[int, float]] = {}
+    for row in rows:
+        seeds.setdefault(row.seed, {})[row.step] = row.score
+    if not seeds:
+        return None
+    # A mean over other seeds than its neighbours' is not drawn.
+    steps = sorted(set.intersection(*(set(one) for one in seeds.values())))
+    values = np.array([[one[step] for step in steps] for one in seeds.values()])
+    bounds = stats.curve_interval(values, CURVE_REPS, seed) if steps else None
+    return Curve(
+        steps=tuple(steps),
+        mean=tuple(values.mean(axis=0).tolist()),
+        bounds=None if bounds is None else (tuple(bounds[0].tolist()), tuple(bounds[1].tolist())),
+        seeds={one: tuple(sorted(points.items())) for one, points in sorted(seeds.items())},
+    )
