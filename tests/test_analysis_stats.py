@@ -131,3 +131,125 @@ def test_the_interval_of_a_curve_is_that_of_the_mean_at_each_point():
         assert low[point] == pytest.approx(single.low, abs=tolerance)
         assert high[point] == pytest.approx(single.high, abs=tolerance)
     assert stats.curve_interval(curve[:2]) is None
+
+
+# ------------------------------------------------------------------ other intervals
+
+
+def test_the_t_interval_of_one_task_is_students():
+    scores = [0.2, 0.5, 0.9, 0.4]
+    found = stats.mean_interval(scores, interval="t")
+    expected = scipy.stats.t.interval(0.95, 3, np.mean(scores), scipy.stats.sem(scores))
+    assert (found.low, found.high) == pytest.approx(expected)
+
+
+def test_the_t_interval_over_tasks_adds_variances_as_welch_and_satterthwaite_do():
+    x, y = [0.2, 0.5, 0.9], [0.4, 0.6, 0.7, 1.3]
+    found = stats.aggregate([x, np.negative(y)], interval="t")["Mean"]
+    expected = scipy.stats.ttest_ind(x, y, equal_var=False).confidence_interval()
+    assert (2 * found.low, 2 * found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_bca_is_scipys():
+    scores = np.random.default_rng(1).exponential(size=12)
+    found = stats.mean_interval(scores, reps=200_000, interval="bca")
+    theirs = scipy.stats.bootstrap(
+        (scores,),
+        np.mean,
+        n_resamples=200_000,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    plain = stats.mean_interval(scores, reps=200_000)
+    width = plain.high - plain.low
+    assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.01 * width)
+    assert found.high > plain.high + 0.03 * width  # skewed: the correction is not nothing
+
+
+@pytest.mark.parametrize("interval", ["bca", "t"])
+def test_scores_without_spread_have_an_interval_without_width(interval):
+    found = stats.aggregate([[0.5] * 3, [0.5] * 4], interval=interval)["IQM"]
+    assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+def test_an_unknown_interval_is_refused():
+    with pytest.raises(ValueError, match="percentile, bca, t"):
+        stats.aggregate([[0.1, 0.2, 0.3]], interval="wald")
+
+
+# ------------------------------------------------------------- profiles, improvement
+
+
+def test_a_profile_is_rliables():
+    library = pytest.importorskip("rliable.library")
+    matrix = np.random.default_rng(2).normal(0.5, 0.3, size=(6, 5))
+    at = np.linspace(-0.2, 1.2, 9)
+    for of, theirs in (
+        ("runs", library.run_score_deviation),
+        ("task means", library.mean_score_deviation),
+    ):
+        found = stats.performance_profile(list(matrix.T), at, reps=500, of=of)
+        assert found.value == pytest.approx([theirs(matrix, tau) for tau in at])
+        assert (found.low <= found.value + 1e-9).all()
+        assert (found.high >= found.value - 1e-9).all()
+        again = stats.performance_profile(list(matrix.T), at, reps=500, of=of)
+        assert found.low.tobytes() == again.low.tobytes()
+
+
+def test_a_profile_weighs_tasks_equally_and_has_no_bounds_with_few_seeds():
+    found = stats.performance_profile([[1.0] * 9, [0.0]], [0.5])
+    assert found.value == pytest.approx([0.5])
+    assert found.low is None
+    assert found.high is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    arrays(np.int64, st.tuples(st.integers(1, 5), st.just(3)), elements=st.integers(0, 4)),
+    arrays(np.int64, st.tuples(st.integers(1, 6), st.just(3)), elements=st.integers(0, 4)),
+)
+def test_the_probability_of_improvement_is_rliables(x, y):
+    metrics = pytest.importorskip("rliable.metrics")
+    found = stats.probability_of_improvement(list(x.T), list(y.T), reps=5).value
+    assert found == pytest.approx(metrics.probability_of_improvement(x, y))
+
+
+def test_the_strict_form_does_not_count_ties():
+    x, y = [[1.0, 2.0, 2.0]], [[2.0, 0.0, 2.0]]
+    assert stats.probability_of_improvement(x, y).value == pytest.approx(5 / 9)
+    assert stats.probability_of_improvement(x, y, form="strict").value == pytest.approx(3 / 9)
+    assert stats.probability_of_improvement(y, x, form="strict").value == pytest.approx(2 / 9)
+
+
+def test_the_interval_of_the_probability_of_improvement_is_rliables():
+    library = pytest.importorskip("rliable.library")
+    from rliable import metrics
+
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(0.2, 1, size=(6, 4)), rng.normal(size=(8, 4))
+    ours = stats.probability_of_improvement(list(x.T), list(y.T), reps=20_000)
+    state = np.random.get_state()  # noqa: NPY002 (rliable draws from the global generator)
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        _, intervals = library.get_interval_estimates(
+            {"x,y": (x, y)}, metrics.probability_of_improvement, reps=1000
+        )
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    low, high = np.ravel(intervals["x,y"])
+    assert ours.low == pytest.approx(low, abs=0.15 * (high - low))
+    assert ours.high == pytest.approx(high, abs=0.15 * (high - low))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stats.probability_of_improvement([[1.0]], [[1.0], [2.0]]), "the same tasks"),
+        (lambda: stats.probability_of_improvement([[1.0]], [[1.0]], form="both"), "form is"),
+        (lambda: stats.performance_profile([[1.0]], [0.5], of="seeds"), "of is 'seeds'"),
+        (lambda: stats.check([[np.inf]], ["hopper"]), "hopper has the score inf"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
