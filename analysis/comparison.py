@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -248,12 +249,13 @@ def permutation_p_value(x: stats.ScoreLists, y: stats.ScoreLists) -> float:
         return 1.0
     if max(map(len, tasks)) > LARGEST_EXACT or common > LARGEST_LATTICE:
         return 2 * NormalDist().cdf(-abs(observed) / math.sqrt(variance))
-    chances = np.ones(1)  # of sums -reach..reach
-    for ours, ranks, product in zip(x, tasks, products, strict=True):
-        one = _sum_chances(ranks, len(ours), product)
-        spread = np.zeros((len(one) - 1) * (common // product) + 1)
-        spread[:: common // product] = one
-        chances = _convolve(chances, spread)
+    chances = _chances(
+        tuple(
+            (tuple(sorted(ranks.tolist())), len(ours), product)
+            for ours, ranks, product in zip(x, tasks, products, strict=True)
+        ),
+        common,
+    )
     reach = len(chances) // 2
     distance = np.abs(np.arange(-reach, reach + 1))
     return min(1.0, float(chances[distance >= abs(observed)].sum()))
@@ -263,6 +265,18 @@ def _doubled_ranks(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
     """Twice the midranks of the pooled scores, which makes them whole numbers."""
     pooled = np.concatenate([np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)])
     return (2 * _ranks(pooled[None])[0]).round().astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _chances(tasks: tuple[tuple[tuple[int, ...], int, int], ...], common: int) -> np.ndarray:
+    """Chances of the sum over tasks, from -reach to reach; the same for all pairs without ties."""
+    chances = np.ones(1)
+    for ranks, count, product in tasks:
+        one = _sum_chances(np.array(ranks), count, product)
+        spread = np.zeros((len(one) - 1) * (common // product) + 1)
+        spread[:: common // product] = one
+        chances = _convolve(chances, spread)
+    return chances
 
 
 def _sum_chances(ranks: np.ndarray, count: int, product: int) -> np.ndarray:

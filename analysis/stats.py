@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Literal, get_args
 
@@ -314,10 +315,9 @@ def probability_of_improvement(
     value = float(np.mean([table.mean() for table in wins]))
     if min(map(len, [*x, *y])) < MIN_SEEDS:
         return Estimate(value, None, None)
-    rng = np.random.default_rng(seed)
     draws = np.zeros(reps)
-    for table in wins:
-        rows, columns = (_weights(rng, count, reps) for count in table.shape)
+    shapes = tuple(table.shape for table in wins)
+    for table, (rows, columns) in zip(wins, _pair_weights(shapes, reps, seed), strict=True):
         draws += ((rows @ table) * columns).sum(axis=1)
     low, high = map(float, np.percentile(draws / len(wins), _tails(confidence)))
     return Estimate(value, low, high)
@@ -344,7 +344,17 @@ def _weights(rng: np.random.Generator, count: int, reps: int) -> np.ndarray:
     Resampled means are then one matrix product.
     """
     draws = rng.integers(count, size=(reps, count))
-    return np.stack([(draws == index).mean(axis=1) for index in range(count)], axis=1)
+    places = (draws + count * np.arange(reps)[:, None]).ravel()
+    return np.bincount(places, minlength=reps * count).reshape(reps, count) / count
+
+
+@lru_cache(maxsize=4)
+def _pair_weights(
+    shapes: tuple[tuple[int, int], ...], reps: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`_weights` of both methods, task by task: the same for all pairs with such counts."""
+    rng = np.random.default_rng(seed)
+    return [(_weights(rng, n, reps), _weights(rng, m, reps)) for n, m in shapes]
 
 
 def _tails(confidence: float) -> list[float]:
