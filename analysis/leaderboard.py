@@ -121,7 +121,8 @@ def build(
     """
     if on_missing not in ("show", "drop-task", "refuse"):
         raise ValueError(f"on_missing is {on_missing!r}; expected show, drop-task or refuse")
-    scores = load_scores(store, trial_ids, select)
+    ids = None if trial_ids is None else list(trial_ids)
+    scores = load_scores(store, ids, select)
     notes = list(scores.notes)
     tasks = [task for task in scores.tasks if task.normalized]
     raw = [task.name for task in scores.tasks if not task.normalized]
@@ -150,7 +151,7 @@ def build(
         rows=tuple(rows),
         aggregated=tuple(tasks),
         scores=scores,
-        caption=tuple(_caption(store, scores, tasks, reps)),
+        caption=tuple(_caption(store, ids, scores, tasks, reps)),
         notes=tuple(notes),
         seed=seed,
         reps=reps,
@@ -193,7 +194,9 @@ def _row_notes(rows: list[MethodRow]) -> list[str]:
     return notes
 
 
-def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list[str]:
+def _caption(
+    store: Store, ids: list[str] | None, scores: Scores, tasks: list[Task], reps: int
+) -> list[str]:
     kind, count = parse_select(scores.select)
     several = f"mean of the {count} last evaluations"
     rule = {
@@ -206,7 +209,7 @@ def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list
         "Normalised scores x 100 (0 is ref_min, 100 ref_max); raw returns where a task has no "
         "references",
         f"Score of a seed: {rule}",
-        *_protocols(store, scores),
+        *_protocols(store, ids, scores),
         f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'} with 95 % percentile "
         f"intervals of a stratified bootstrap over seeds ({reps:,} resamples)",
         "Cells: mean ± sample standard deviation over seeds (number of seeds)",
@@ -228,10 +231,10 @@ def _caption(store: Store, scores: Scores, tasks: list[Task], reps: int) -> list
 _NOT_ORIGINAL = ("regenerated", "different")
 
 
-def _protocols(store: Store, scores: Scores) -> list[str]:
+def _protocols(store: Store, ids: list[str] | None, scores: Scores) -> list[str]:
     """One sentence for how the policies were evaluated; more than one way is said to be so."""
     variants = {cell.variant_id for cell in scores.cells.values()}
-    trials = store.trials()
+    trials = store.trials(ids)
     evaluations = trials[trials.variant_id.isin(variants)].evaluation
     found = sorted(
         {

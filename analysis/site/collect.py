@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import leaderboard, stats
+from analysis.comparison import Comparison, Rank, compare
 from analysis.leaderboard import Leaderboard, MethodRow
 from analysis.load import Cell, Task, evaluation_frame
 from results.schema import canonical_json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from results.store import Store
 
 CURVE_REPS = 1000
+RANK_REPS = 2000
 ADROIT = ("door", "hammer", "pen", "relocate")
 LOCOMOTION = ("ant", "halfcheetah", "hopper", "walker2d")
 
@@ -94,9 +96,7 @@ class RowView:
     board: MethodRow
     algorithm: str
     cells: tuple[CellView | None, ...]  # as the track's tasks
-    rank: str = ""  # "1–3", empty where the method is not ranked
-    rank_best: int | None = None
-    group: str = ""  # letter of the tie groups, if any
+    rank: Rank | None = None  # None where the method is not ranked
     latency: float | None = None  # milliseconds per action, if it was measured
 
     @property
@@ -150,6 +150,7 @@ class Track:
     environment: str
     board: Leaderboard
     rows: tuple[RowView, ...]
+    comparison: Comparison | None  # of the ranked methods; None where fewer than two are
     title: str
 
     @property
@@ -224,9 +225,12 @@ def collect(
     if runs.empty:
         raise ValueError("no run to show; run a sweep first, or check `harness status`")
     attempts = _by(runs, "trial_id")
+    places: dict[Any, list[int]] = {}
+    for place, key in enumerate(_track_keys(trials)):
+        places.setdefault(key, []).append(place)
     tracks = [
-        _track(store, key, part, attempts, select, seed, defaults or {}, reps)
-        for key, part in trials.assign(_key=_track_keys(trials)).groupby("_key", sort=True)
+        _track(store, key, trials.iloc[rows], attempts, select, seed, defaults or {}, reps)
+        for key, rows in sorted(places.items())
     ]
     tracks.sort(key=lambda track: (-sum(len(row.runs) for row in track.rows), track.title))
     shown = set(trials.dataset_id)
@@ -250,7 +254,7 @@ def protocol_text(evaluation: Mapping[str, Any]) -> str:
     return known + "".join(f", {name} {value}" for name, value in sorted(other.items()))
 
 
-def _track_keys(trials: pd.DataFrame) -> list[tuple[str, str, str, str, int]]:
+def _track_keys(trials: Any) -> list[tuple[str, str, str, str, int]]:
     """(suite, tier, protocol, simulator, generation) of each trial.
 
     Where such a group has one dataset with two contents or two environments, the later one is of
@@ -304,9 +308,11 @@ def _track(
     board = leaderboard.build(store, ids, select, seed, reps=reps)
     curves = _by(evaluation_frame(store, ids), "method", "task")
     variants = _by(trials.sort_values("seed"), "variant_id")
+    comparison = _compare(board, seed)
+    ranks = {} if comparison is None else {rank.method: rank for rank in comparison.ranks}
     rows = []
     for row in board.rows:
-        cells = []
+        cells: list[CellView | None] = []
         for task in board.tasks:
             found = board.scores.cells.get((row.method, task.name))
             if found is None:
@@ -326,7 +332,7 @@ def _track(
                 )
             )
         algorithm = next(cell.algorithm for cell in cells if cell)
-        rows.append(RowView(row, algorithm, tuple(cells)))
+        rows.append(RowView(row, algorithm, tuple(cells), ranks.get(row.method)))
     environment = _environment(trials)
     marks = [environment, protocol, *([f"data generation {generation + 1}"] if generation else [])]
     return Track(
@@ -337,8 +343,23 @@ def _track(
         environment=environment,
         board=board,
         rows=tuple(rows),
+        comparison=comparison,
         title=f"{suite}: {'; '.join(marks)}",
     )
+
+
+def _compare(board: Leaderboard, seed: int) -> Comparison | None:
+    table = {
+        row.method: {
+            task.name: scores
+            for task, scores in zip(
+                board.aggregated, board.scores.matrix(row.method, board.aggregated), strict=True
+            )
+        }
+        for row in board.rows
+        if row.estimates
+    }
+    return compare(table, reps=RANK_REPS, seed=seed) if len(table) > 1 else None
 
 
 def _cell(
@@ -355,11 +376,7 @@ def _cell(
     first = trials[0]
     default = defaults.get(first.algorithm, {})
     scores = [score for _, score in sorted(cell.scores.items())]
-    runs = [
-        run
-        for trial in trials
-        for run in _runs(trial, cell, attempts.get(trial.trial_id, []))
-    ]
+    runs = [run for trial in trials for run in _runs(trial, cell, attempts.get(trial.trial_id, []))]
     return CellView(
         slug=name,
         method=method,
@@ -384,9 +401,10 @@ def _cell(
 
 
 def _by(frame: pd.DataFrame, *columns: str) -> dict[Any, list[Any]]:
-    """Rows by the value of a column, or by several; pandas' groups are slow where they are small."""
+    """Rows by the value of a column, or of several; pandas is slow at many small groups."""
     found: dict[Any, list[Any]] = {}
-    for row in frame.itertuples():
+    rows: Iterable[Any] = frame.itertuples()
+    for row in rows:
         values = tuple(getattr(row, name) for name in columns)
         found.setdefault(values if len(values) > 1 else values[0], []).append(row)
     return found

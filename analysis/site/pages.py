@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis import stats, tables
+from analysis.comparison import Rank
 from analysis.load import Task, missing_text
 from analysis.plots import step_label
 from analysis.site import svg
@@ -139,9 +140,7 @@ class _Writer:
                 for place, task in enumerate(track.tasks)
                 if task.dataset_id == name
             ]
-            self.page(
-                "dataset.html", dataset_page(name), id=name, contents=contents, tables=found
-            )
+            self.page("dataset.html", dataset_page(name), id=name, contents=contents, tables=found)
 
     def algorithms(self) -> None:
         rows: dict[str, list[tuple[Track, RowView]]] = {}
@@ -254,6 +253,7 @@ def _environment(content: Content) -> Environment:
         "one": lambda value: f"{value:.1f}",
         "plain": _plain,
         "pretty": lambda value: json.dumps(value, indent=2, sort_keys=True),
+        "rank": _rank,
         "row_id": row_id,
         "short": lambda value: f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}",
         "step_range": _step_range,
@@ -269,6 +269,12 @@ def _estimate(found: stats.Estimate, scale: float = 100.0) -> str:
     return f"{text} [{scale * found.low:.1f}, {scale * found.high:.1f}]"
 
 
+def _rank(rank: Rank) -> str:
+    if rank.low is None or rank.high is None:
+        return f"{rank.rank:g}"
+    return f"{rank.rank:g} [{rank.low:g}, {rank.high:g}]"
+
+
 def _plain(value: Any) -> str:
     """A setting on one line."""
     if isinstance(value, Mapping):
@@ -281,11 +287,17 @@ def _plain(value: Any) -> str:
 def _step_range(steps: list[int]) -> str:
     if not steps:
         return "–"
-    return step_label(steps[0]) if len(steps) == 1 else f"{step_label(steps[0])}–{step_label(steps[-1])}"
+    return (
+        step_label(steps[0])
+        if len(steps) == 1
+        else f"{step_label(steps[0])}–{step_label(steps[-1])}"
+    )
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{max(num_bytes / 1e3, 0.1):.1f} kB"
+    return (
+        f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{max(num_bytes / 1e3, 0.1):.1f} kB"
+    )
 
 
 def _choices(tracks: Iterable[Track]) -> list[tuple[str, str, list[str]]]:
@@ -342,4 +354,24 @@ def _cell_chart(cell: CellView) -> str:
 
 
 def _comparison(track: Track) -> dict[str, Any]:
-    return {}
+    """What the page that compares two methods of a track shows: means of cells, tests of pairs."""
+    names = [row.board.method for row in track.rows]
+    methods = []
+    for row in track.rows:
+        found = {}
+        for place, cell in enumerate(row.cells):
+            if cell and cell.estimate and not cell.cell.missing:
+                values = (cell.estimate.value, cell.estimate.low, cell.estimate.high)
+                shown = [None if v is None else round(cell.scale * v, 2) for v in values]
+                found[place] = [*shown, len(cell.cell.scores), cell.slug]
+        methods.append({"name": row.board.method, "cells": found})
+    pairs = {
+        f"{names.index(pair.x)},{names.index(pair.y)}": [
+            *(None if v is None else round(v, 4) for v in vars(pair.probability).values()),
+            float(f"{pair.adjusted:.2g}"),
+        ]
+        for pair in (track.comparison.pairs if track.comparison else ())
+    }
+    tasks = [{"name": task.name, "unit": _unit(task)} for task in track.tasks]
+    alpha = track.comparison.alpha if track.comparison else None
+    return {"methods": methods, "tasks": tasks, "pairs": pairs, "alpha": alpha}

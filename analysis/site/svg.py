@@ -121,9 +121,7 @@ def curves(lines: Sequence[Line], label: str, unit: str) -> Markup:
             )
         pairs = list(zip(line.steps, line.values, strict=True))
         style = f' stroke-dasharray="{dash}"' if dash else ""
-        parts.append(
-            f'<polyline class="line" stroke="{colour}"{style} points="{points(pairs)}"/>'
-        )
+        parts.append(f'<polyline class="line" stroke="{colour}"{style} points="{points(pairs)}"/>')
         if len(pairs) <= 10:
             parts += [
                 f'<circle fill="{colour}" r="2.5" cx="{x(a):.1f}" cy="{y(b):.1f}"/>'
