@@ -120,11 +120,6 @@ class Browser:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
-    def printed(self, path: Path) -> None:
-        """Writes the page as it would be printed."""
-        answer = self.call("Page.printToPDF", preferCSSPageSize=True)
-        path.write_bytes(base64.b64decode(answer["data"]))
-
     def close(self) -> None:
         self.session = None
         self.call("Browser.close")

@@ -182,5 +182,17 @@ def test_pages_fit_a_narrow_window_in_both_colour_schemes(page, site, tmp_path):
                 page.picture(folder / f"{file.stem[:12]}-{width}-{scheme}.png")
                 colour = page.run("getComputedStyle(document.documentElement).backgroundColor")
                 assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_paper_gets_the_tables_without_the_controls(page, site, tmp_path):
+    folder = Path(os.environ.get("HARNESS_TEST_PICTURES", tmp_path))
     page.open(site / "index.html")
-    page.printed(folder / "index.pdf")
+    page.show(1060, 750, "dark")
+    page.call("Emulation.setEmulatedMedia", media="print")
+    assert page.run("getComputedStyle(document.querySelector('.filters')).display") == "none"
+    assert page.run("getComputedStyle(document.documentElement).backgroundColor") in (
+        "rgb(255, 255, 255)",
+        "rgba(0, 0, 0, 0)",
+    )
+    page.picture(folder / "index-print.png")
+    page.call("Emulation.setEmulatedMedia", media="")
