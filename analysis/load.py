@@ -247,6 +247,29 @@ def evaluation_frame(store: Store, trial_ids: Iterable[str] | None = None) -> pd
     ).sort_values(["task", "method", "seed", "step"], ignore_index=True)
 
 
+def latency_frame(store: Store, trial_ids: Iterable[str] | None = None) -> pd.DataFrame:
+    """The newest measured latency of each run, batch, mode and machine.
+
+    Columns: those of `Store.latencies`, `condition` (processor, threads and mode: only times under
+    one condition compare), `ms`, `ms_low` and `ms_high` (per action: median of all calls, lowest
+    and highest median of a round).
+    """
+    frame = store.latencies(trial_ids)
+    conditions = [
+        f"{row.hardware.get('gpu') if row.device.startswith('cuda') else row.hardware.get('cpu')}, "
+        f"{row.threads} thread{'s' if row.threads > 1 else ''}, "
+        f"{'compiled' if row.compiled else 'eager'}"
+        for row in _rows(frame)
+    ]
+    frame = frame.assign(
+        condition=conditions,
+        ms=frame.median_ms / frame.batch,
+        ms_low=[min(row.round_medians_ms) / row.batch for row in _rows(frame)],
+        ms_high=[max(row.round_medians_ms) / row.batch for row in _rows(frame)],
+    )
+    return frame.drop_duplicates(["run_id", "batch", "condition"], keep="last", ignore_index=True)
+
+
 def method_names(
     trials: pd.DataFrame, tasks: Mapping[tuple[str, str, str], Task]
 ) -> tuple[dict[str, str], list[str]]:

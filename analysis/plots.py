@@ -1,4 +1,4 @@
-"""Figures: learning curves and aggregate intervals, as PDF and PNG with their sources beside them.
+"""Figures: learning curves, aggregate intervals, score against latency, as PDF and PNG.
 
 Every figure has a JSON file of the same name: the query, the runs and seeds behind it, and how
 its intervals were made. Files are byte-stable for equal input.
@@ -6,15 +6,20 @@ its intervals were made. Files are byte-stable for equal input.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from analysis.leaderboard import REPS, Leaderboard, build
-from analysis.load import evaluation_frame
+from analysis.load import evaluation_frame, latency_frame
 from analysis.stats import METRICS, MIN_SEEDS, curve_interval
 from results.store import Store
 
@@ -33,6 +38,7 @@ SERIES_COLOURS = (
 """Eight colours that colour-blind readers tell apart, on white and on black (seaborn's, without
 its pink twin and its yellow); further series repeat them with another of `DASHES`."""
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
+MARKERS = {"o": "circle", "s": "square", "^": "triangle", "D": "diamond"}  # of conditions
 
 
 def write_figures(
@@ -62,6 +68,11 @@ def write_figures(
     )
     if any(row.estimates for row in board.rows):
         written += save_figure(aggregate_intervals(board), out / "aggregates", _board_source(board))
+    points = latency_points(board, latency_frame(store, ids), seed)
+    if points:
+        written += save_figure(
+            score_latency(points, board), out / "score_latency", _latency_source(points, board)
+        )
     return written
 
 
@@ -237,6 +248,128 @@ def aggregate_intervals(board: Leaderboard) -> Figure:
         f"{rule}; 95 % stratified bootstrap over seeds.",
     )
     return figure
+
+
+@dataclass(frozen=True)
+class LatencyPoint:
+    """One method on one task under one condition of measuring.
+
+    Attributes:
+        condition: processor, threads, compiled or not; times under another do not compare.
+        ms: per action at batch 1, median over the measured runs.
+        ms_range: lowest and highest median of a round of any of these runs.
+        score: mean over the seeds of the task's scores; `interval` is its 95 % bootstrap interval.
+        run_ids: the runs whose latency was measured, a part of those behind the score.
+    """
+
+    task: str
+    method: str
+    condition: str
+    ms: float
+    ms_range: tuple[float, float]
+    score: float
+    interval: tuple[float, float] | None
+    seeds: int
+    run_ids: tuple[str, ...]
+
+
+def latency_points(board: Leaderboard, frame: pd.DataFrame, seed: int = 0) -> list[LatencyPoint]:
+    """What `score_latency` draws: methods with a score and with a latency at batch 1.
+
+    Args:
+        frame: of `analysis.load.latency_frame`.
+        seed: of the bootstrap.
+    """
+    points = []
+    for (method, task), cell in sorted(board.scores.cells.items()):
+        own = frame[frame.run_id.isin(cell.run_ids) & (frame.batch == 1)]
+        for condition, part in own.groupby("condition"):
+            scores = np.array([score for _, score in sorted(cell.scores.items())])
+            bounds = curve_interval(scores[:, None], CURVE_REPS, seed)
+            points.append(
+                LatencyPoint(
+                    task=task,
+                    method=method,
+                    condition=str(condition),
+                    ms=float(part.ms.median()),
+                    ms_range=(float(part.ms_low.min()), float(part.ms_high.max())),
+                    score=float(scores.mean()),
+                    interval=None if bounds is None else (float(bounds[0][0]), float(bounds[1][0])),
+                    seeds=len(scores),
+                    run_ids=tuple(sorted(part.run_id)),
+                )
+            )
+    return points
+
+
+def score_latency(points: Sequence[LatencyPoint], board: Leaderboard) -> Figure:
+    """One panel a task: score against milliseconds per action at batch 1, a point a method."""
+    figure_style()
+    import matplotlib.pyplot as plt
+
+    tasks = {task.name: task for task in board.tasks}
+    names = [name for name in tasks if any(point.task == name for point in points)]
+    columns = min(COLUMNS, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows + 0.7),
+        squeeze=False,
+        layout="constrained",
+    )
+    conditions = sorted({point.condition for point in points})
+    markers = dict(zip(conditions, itertools.cycle(MARKERS), strict=False))
+    colours = palette(board.scores.methods)
+    for axis, name in zip(axes.flat, names, strict=False):
+        scale = 100.0 if tasks[name].normalized else 1.0
+        for point in points:
+            if point.task == name:
+                marker = markers[point.condition]
+                _draw_point(axis, point, scale, colours[point.method], marker)
+        axis.set_xscale("log")
+        axis.set_title(name, fontsize="small")
+        axis.set_xlabel("ms per action, batch 1")
+        axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    _legend(figure, axes.flat[: len(names)])
+    where = "; ".join(f"{each} ({MARKERS[markers[each]]})" for each in conditions)
+    text = (
+        "Median time of one seed's act() from tensors to tensors, environment not included; bars: "
+        f"lowest and highest median of a round. Measured on {where}. "
+        f"Score: protocol {board.scores.select}, mean over seeds, 95 % bootstrap over seeds "
+        f"(none below {MIN_SEEDS})."
+    )
+    write_caption(figure, textwrap.fill(text, 75 * columns))
+    return figure
+
+
+def _draw_point(axis: Any, point: LatencyPoint, scale: float, colour: Any, marker: str) -> None:
+    low, high = point.ms_range
+    error: dict[str, Any] = {"xerr": [[max(0.0, point.ms - low)], [max(0.0, high - point.ms)]]}
+    if point.interval is not None:
+        below, above = (abs(scale * (bound - point.score)) for bound in point.interval)
+        error["yerr"] = [[below], [above]]
+    axis.errorbar(
+        point.ms,
+        scale * point.score,
+        **error,
+        fmt=marker,
+        color=colour,
+        markersize=4.5,
+        elinewidth=1.0,
+        label=point.method,
+    )
+
+
+def _latency_source(points: Sequence[LatencyPoint], board: Leaderboard) -> dict[str, Any]:
+    return {
+        "query": f"protocol {board.scores.select} of done runs; newest latency of each at batch 1",
+        "interval": f"score: 95 % percentile bootstrap over seeds, {CURVE_REPS} resamples; "
+        "latency: range of the rounds' medians",
+        "points": [dataclasses.asdict(point) for point in points],
+    }
 
 
 def _range(low: int, high: int) -> str:

@@ -1,6 +1,6 @@
 """Actions of trained policies as a table: what a policy does at observations of its data.
 
-Owns which policies, which observations and which random numbers. An action is a function of the
+Owns which random numbers and the table. An action is a function of the
 trial, the row and the number of draws asked for: each trial is loaded alone, so that the others in
 the table do not matter, and the draws have a stream of their own. Judges nothing.
 """
@@ -18,14 +18,11 @@ import pandas as pd
 import torch
 
 from algorithms.blocks.rng import RowRng, Stream
-from harness.artifacts import ArtifactStore
+from harness import policies
 from harness.home import Home
-from harness.plan import Stage, make_plan
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
 from harness.trainer import Trainer, resolve_device
-from harness.typed import content_hash
-from harness.worker import load_dataset, load_trained
 from results.archive import save_table
 
 if TYPE_CHECKING:
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 2**24 - 2  # rows have a random number stream each; see `RowRng`
 CHUNK_ROWS = 4096  # of one policy call
-MOST_NAMED = 8  # trials in an error message
 
 
 @dataclass(frozen=True)
@@ -74,44 +70,16 @@ def draw_actions(
     if not 1 <= count <= MOST_ROWS:
         raise ValueError(f"count is {count}; expected 1 to {MOST_ROWS} actions per trial")
     registry = registry or Registry()
-    artifacts = ArtifactStore(home.artifacts)
-    plan = make_plan(experiment, store, artifacts, home.work, registry)
-    stages = {trial.id: stage for stage in plan.stages.values() for trial in stage.trials}
-    left_out = {}
-    for trial in experiment.trials:
-        status = plan.statuses.get(trial.id, "never run")
-        if status != "done":
-            left_out[trial.id] = status
-        elif stages[trial.id].id not in plan.cached:
-            left_out[trial.id] = "done, but its artifact is not in this home folder"
-    trained = [trial for trial in experiment.trials if trial.id not in left_out]
+    trained, left_out = policies.split(experiment.trials, store, home, registry)
     if not trained or (left_out and not partial):
-        raise ValueError(_refusal(experiment.trials, left_out, bool(trained)))
-    device = resolve_device(experiment.run.device)
-    datasets: dict[str, Any] = {}
-    tables = []
-    for trial in trained:
-        stage = stages[trial.id]
-        key = content_hash([stage.dataset_id, dict(stage.data)])
-        if key not in datasets:
-            datasets[key] = load_dataset(stage, device)
-        trainer = load_trained(stage, datasets[key], home, registry, device)
-        tables.append(_table(trial, stage, trainer, datasets[key], count))
+        raise ValueError(policies.refusal(experiment.trials, left_out))
+    loader = policies.Loader(home, registry, resolve_device(experiment.run.device))
+    tables = [_table(each.trial, *loader.load(each), count) for each in trained]
     return Drawn(pd.concat(tables, ignore_index=True), left_out)
 
 
-def _refusal(trials: tuple[TrialSpec, ...], left_out: Mapping[str, str], some: bool) -> str:
-    names = [f"{t.label} seed {t.seed} ({left_out[t.id]})" for t in trials if t.id in left_out]
-    shown = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
-    advice = "Sweep the experiment first" + (", or leave them out with --partial" if some else "")
-    return f"{len(names)} of {len(trials)} trials have no trained policy: {shown}. {advice}"
-
-
-def _table(
-    trial: TrialSpec, stage: Stage, trainer: Trainer, dataset: Any, count: int
-) -> pd.DataFrame:
-    rows = np.arange(count) * dataset.spec.num_steps // count
-    obs = dataset.obs[torch.from_numpy(rows).to(trainer.device)]  # [N, O]
+def _table(trial: TrialSpec, trainer: Trainer, dataset: Any, count: int) -> pd.DataFrame:
+    rows, obs = policies.observations(dataset, count)
     free, action = _act(trainer, obs)
     if not np.isfinite(action).all():
         raise ValueError(
@@ -122,10 +90,10 @@ def _table(
         "trial_id": trial.id,
         "label": trial.label,
         "algorithm": trial.algorithm,
-        "dataset_id": stage.dataset_id,
+        "dataset_id": trial.dataset_id,
         "seed": trial.seed,
         "draw": np.arange(count),
-        "row": rows,
+        "row": rows.cpu().numpy(),
     }
     for name, values in (("obs", obs.cpu().numpy()), ("action", action), ("unclamped", free)):
         columns |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 OK, SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
 QUICKSTART_STEPS = 50_000  # of PointMaze data; about 20 s of simulation
+LATENCY_COLUMNS = (
+    *("method", "dataset", "seed", "mode", "batch", "ms/call", "over rounds", "p99"),
+    *("ms/action", "calls"),
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,6 +65,16 @@ OverridesArgument = Annotated[
 ]
 OptionalSpec = Annotated[
     Path | None, typer.Argument(help="Only the trials of this experiment (default: all).")
+]
+NamesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...",
+        help="Ids of runs or trials (or their beginnings), or experiment files with overrides.",
+    ),
+]
+PartialOption = Annotated[
+    bool, typer.Option("--partial", help="Leave out trials without a trained policy.")
 ]
 SelectOption = Annotated[
     str,
@@ -278,9 +292,7 @@ def actions(
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option(help="The parquet file to write.")] = Path("actions.parquet"),
     count: Annotated[int, typer.Option(help="Actions per trial.")] = 1000,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Leave out trials without a trained policy.")
-    ] = False,
+    partial: PartialOption = False,
     home: HomeOption = None,
     db: DatabaseOption = None,
     as_json: JsonOption = False,
@@ -300,6 +312,90 @@ def actions(
         return
     console.print(f"{out}: {len(drawn.table)} actions of {drawn.trials} trials", highlight=False)
     for trial_id, reason in drawn.left_out.items():
+        console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
+
+
+@app.command()
+def latency(
+    names: NamesArgument,
+    batch: Annotated[int, typer.Option(help="The larger batch; 1 is always measured.")] = 256,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also measure the call compiled as one graph.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads of PyTorch on the CPU.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Turns of each; all others in between.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Of timed calls for each, all rounds.")] = 2.0,
+    partial: PartialOption = False,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time the final policies' `act`: one seed, batch 1 and N; kept with the runs."""
+    import dataclasses
+
+    from harness import policies
+    from harness.display import counted
+    from harness.latency import measure
+    from harness.registry import Registry
+    from harness.trainer import resolve_device
+
+    found, store = _open(home, db)
+    registry = Registry()
+    with store, counted(errors) as report:
+        trained, left_out = policies.named(names, store, found, registry, partial)
+        loader = policies.Loader(found, registry, resolve_device(device))
+        records = measure(
+            trained,
+            loader,
+            batches=(1, batch),
+            compiled=compiled,
+            threads=threads,
+            rounds=rounds,
+            seconds=seconds,
+            report=report,
+        )
+        store.append(records)
+    of_run = {each.run_id: each.trial for each in trained}
+    if as_json:
+        rows = [
+            {
+                "label": of_run[record.run_id].label,
+                "dataset_id": of_run[record.run_id].dataset_id,
+                "seed": of_run[record.run_id].seed,
+                **dataclasses.asdict(record),
+                "median_ms_per_action": record.median_ms / record.batch,
+            }
+            for record in records
+        ]
+        print(json.dumps({"latencies": rows, "left_out": left_out}))
+        return
+    table = Table(*LATENCY_COLUMNS)
+    for record in records:
+        trial = of_run[record.run_id]
+        low, high = min(record.round_medians_ms), max(record.round_medians_ms)
+        table.add_row(
+            trial.label,
+            trial.dataset_id,
+            str(trial.seed),
+            "compiled" if record.compiled else "eager",
+            str(record.batch),
+            f"{record.median_ms:.4g}",
+            f"{low:.4g} to {high:.4g}",
+            f"{record.p99_ms:.4g}",
+            f"{record.median_ms / record.batch:.4g}",
+            str(record.calls),
+        )
+    console.print(table)
+    hardware = records[0].hardware
+    where = f"{records[0].device} ({hardware.get('gpu') or hardware['cpu']})"
+    console.print(
+        f"A call is one seed's act(), from observations on the device to actions on it, on "
+        f"{where}, {threads} thread(s). Median and p99 over all calls of {rounds} rounds; beside "
+        "them the lowest and highest median of a round.",
+        highlight=False,
+    )
+    for trial_id, reason in left_out.items():
         console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
 
 

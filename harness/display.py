@@ -1,8 +1,10 @@
-"""What a person sees while a sweep runs: bars on a terminal, plain lines elsewhere."""
+"""What a person sees while something long runs: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -78,6 +80,33 @@ class Display:
         if self._progress and key in self._bars:
             self._progress.remove_task(self._bars.pop(key))
         self.line(f"[{self.ended}/{self.total}] {text}")
+
+
+@contextmanager
+def counted(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A function that is told how much is done, of how much, and what comes next."""
+    if console.is_terminal:
+        with Progress(
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        ) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, text: bar.update(
+                task, completed=done, total=total, description=text
+            )
+        return
+    last = time.monotonic()
+
+    def line(done: int, total: int, text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PLAIN_LINE_EVERY_S:
+            last = time.monotonic()
+            console.print(f"{done}/{total} {text}", highlight=False, soft_wrap=True)
+
+    yield line
 
 
 def _info(progress: Any, num_seeds: int) -> str:

@@ -335,7 +335,7 @@ def make_plan(
         for trial in trials
         if statuses.get(trial.id) in FINISHED and statuses[trial.id] not in retry
     )
-    stages, last = _unique_stages(trials, registry)
+    stages, last = unique_stages(trials, registry)
     cached = frozenset(stage_id for stage_id in stages if artifacts.has(stage_id))
     finished = {trial.id for trial in done}
     todo: dict[str, list[TrialSpec]] = {}
@@ -371,7 +371,7 @@ def make_plan(
     return Plan(experiment, trials, stages, cached, statuses, done, tuple(stacks))
 
 
-def _unique_stages(
+def unique_stages(
     trials: Iterable[TrialSpec], registry: Registry
 ) -> tuple[dict[str, Stage], dict[str, str]]:
     """All stages by id, needed ones first, and the id of each trial's last stage."""

@@ -23,7 +23,7 @@ from results.records import (
     Record,
     RunRecord,
     TrialRecord,
-    run_from_json,
+    from_json,
 )
 
 _KINDS: dict[str, type] = {
@@ -210,9 +210,7 @@ def _unpack(line: dict[str, Any]) -> list[Record]:
         return [cls(run_id=run_id, **dict(zip(columns, row, strict=True))) for row in line["rows"]]
     if kind not in _KINDS:
         raise ValueError(f"unknown kind {kind!r}; expected one of {[*_KINDS, 'evals', 'metrics']}")
-    if kind == "run":
-        return [run_from_json(line)]
-    return [_KINDS[kind](**line)]
+    return [from_json(_KINDS[kind], line)]
 
 
 def _flush_folder(folder: Path) -> None:

@@ -31,6 +31,7 @@ KINDS = {
         records.RunRecord,
         records.EvalRecord,
         records.MetricRecord,
+        records.LatencyRecord,
     )
 }
 """What an archive holds; artifacts stay where they are, so their rows are left out."""
@@ -104,11 +105,7 @@ def _record(kind: str, text: str, path: Path) -> Any:
         raise StoreError(f"{path}: unknown kind of record {kind!r}; written by a newer version?")
     values = json.loads(text)
     try:
-        return (
-            records.run_from_json(values)
-            if KINDS[kind] is records.RunRecord
-            else KINDS[kind](**values)
-        )
+        return records.from_json(KINDS[kind], values)
     except (KeyError, TypeError) as error:
         raise StoreError(f"{path}: a {kind} does not fit this version: {error}") from error
 

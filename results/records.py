@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Status = Literal["running", "done", "failed", "diverged", "interrupted"]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,49 @@ class ArtifactRecord:
     created_at: str
 
 
-Record = DatasetRecord | TrialRecord | RunRecord | EvalRecord | MetricRecord | ArtifactRecord
+@dataclass(frozen=True)
+class LatencyRecord:
+    """How long a trained policy of one seed takes to act, measured after the run.
+
+    What was timed is `act` alone, from observations on the device to actions on it.
+    """
+
+    run_id: str
+    measured_at: str
+    batch: int  # observations in a call
+    compiled: bool  # whether the call was compiled; else op by op
+    device: str
+    threads: int  # of the process, for work on the CPU
+    calls: int  # timed, after warm-up; all rounds together
+    median_ms: float  # of a call, over all rounds
+    p99_ms: float  # of a call: at most 1 % of the calls were slower; the slowest of up to 99
+    round_medians_ms: tuple[float, ...]  # one for each round, between which others were measured
+    versions: Mapping[str, str]
+    hardware: Mapping[str, Any]
 
 
-def run_from_json(values: Mapping[str, Any]) -> RunRecord:
-    """A run from its fields as JSON keeps them, where its tuples are lists.
+Record = (
+    DatasetRecord
+    | TrialRecord
+    | RunRecord
+    | EvalRecord
+    | MetricRecord
+    | ArtifactRecord
+    | LatencyRecord
+)
+
+
+_TUPLES: dict[type, tuple[str, ...]] = {
+    RunRecord: ("stack", "segments"),
+    LatencyRecord: ("round_medians_ms",),
+}
+
+
+def from_json(kind: type[R], values: Mapping[str, Any]) -> R:
+    """A record from its fields as JSON keeps them, where tuples are lists.
 
     Raises:
         KeyError, TypeError: if a field is missing, unknown or not a list where a list belongs.
     """
-    lists = {name: tuple(values[name]) for name in ("stack", "segments")}
-    return RunRecord(**{**values, **lists})
+    lists = {name: tuple(values[name]) for name in _TUPLES.get(kind, ())}
+    return kind(**{**values, **lists})

@@ -20,7 +20,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = "0003"
+VERSION = "0004"
 """The newest migration: what `Store.open` brings a database to."""
 
 VERSION_TABLE = "migrations"
@@ -178,4 +178,22 @@ artifacts = sa.Table(
     sa.Column("sha256", sa.Text, nullable=False),
     sa.Column("num_bytes", sa.BigInteger, nullable=False),
     sa.Column("created_at", UtcTime, nullable=False),
+)
+
+# The time of a measurement is part of its key: measuring again keeps both.
+latencies = sa.Table(
+    "latencies",
+    metadata,
+    sa.Column("run_id", sa.Text, sa.ForeignKey("runs.run_id"), primary_key=True),
+    sa.Column("measured_at", UtcTime, primary_key=True),
+    sa.Column("batch", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("compiled", sa.Boolean, primary_key=True),
+    sa.Column("device", sa.Text, nullable=False),
+    sa.Column("threads", sa.BigInteger, nullable=False),
+    sa.Column("calls", sa.BigInteger, nullable=False),
+    sa.Column("median_ms", sa.Double, nullable=False),
+    sa.Column("p99_ms", sa.Double, nullable=False),
+    sa.Column("round_medians_ms", CanonicalJson, nullable=False),
+    sa.Column("versions", CanonicalJson, nullable=False),
+    sa.Column("hardware", CanonicalJson, nullable=False),
 )

@@ -29,12 +29,13 @@ from results.records import (
     ArtifactRecord,
     DatasetRecord,
     EvalRecord,
+    LatencyRecord,
     MetricRecord,
     Record,
     RunRecord,
     Status,
     TrialRecord,
-    run_from_json,
+    from_json,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ _TABLES: dict[type, sa.Table] = {  # parents before children
     EvalRecord: schema.evals,
     MetricRecord: schema.metrics,
     ArtifactRecord: schema.artifacts,
+    LatencyRecord: schema.latencies,
 }
 _STATUSES: tuple[str, ...] = get_args(Status)
 
@@ -165,7 +167,11 @@ class Store:
             needed["dataset"].setdefault(key, f"trial {row['trial_id']}")
         for row in rows.get(RunRecord, ()):
             needed["trial"].setdefault(row["trial_id"], f"run {row['run_id']}")
-        for kind, word in ((EvalRecord, "an evaluation"), (MetricRecord, "a metric")):
+        for kind, word in (
+            (EvalRecord, "an evaluation"),
+            (MetricRecord, "a metric"),
+            (LatencyRecord, "a latency"),
+        ):
             for run_id in {row["run_id"] for row in rows.get(kind, ())}:
                 needed["run"].setdefault(run_id, word)
         for row in rows.get(ArtifactRecord, ()):
@@ -312,6 +318,16 @@ class Store:
         query = self._only(query, run.c.trial_id, trial_ids)
         return self._frame(self._only(query, table.c.name, names, "names"))
 
+    def latencies(self, trial_ids: Iterable[str] | None = None) -> pd.DataFrame:
+        """All measured latencies, oldest first, with `trial_id` in front; JSON columns decoded."""
+        table, run = schema.latencies, schema.runs
+        query = (
+            sa.select(run.c.trial_id, table)
+            .join_from(table, run, table.c.run_id == run.c.run_id)
+            .order_by(table.c.measured_at, table.c.run_id, table.c.batch, table.c.compiled)
+        )
+        return self._frame(self._only(query, run.c.trial_id, trial_ids))
+
     def artifacts(self) -> pd.DataFrame:
         """All published stages."""
         table = schema.artifacts
@@ -338,6 +354,7 @@ class Store:
             EvalRecord: schema.evals.c.run_id.in_(of_runs),
             MetricRecord: schema.metrics.c.run_id.in_(of_runs),
             ArtifactRecord: schema.artifacts.c.run_id.in_(of_runs),
+            LatencyRecord: schema.latencies.c.run_id.in_(of_runs),
         }
         wanted = set(kinds)
         for kind, table in _TABLES.items():
@@ -347,7 +364,7 @@ class Store:
             query = sa.select(*(table.c[name] for name in names)).where(restrict[kind])
             for row in self._read(query.order_by(*table.primary_key)):
                 values = dict(zip(names, row, strict=True))
-                yield run_from_json(values) if kind is RunRecord else kind(**values)
+                yield from_json(kind, values)
 
     def statuses(self, trial_ids: Iterable[str] | None = None) -> dict[str, RunRecord]:
         """The latest attempt of each trial; trials without a run have no entry."""
@@ -356,7 +373,7 @@ class Store:
         query = sa.select(*columns).order_by(*_attempt_order(table.c))
         latest: dict[str, RunRecord] = {}
         for row in self._read(self._only(query, table.c.trial_id, trial_ids)):
-            latest[row.trial_id] = run_from_json(dict(row._mapping))
+            latest[row.trial_id] = from_json(RunRecord, dict(row._mapping))
         return latest
 
     def counts(self) -> dict[str, int]:

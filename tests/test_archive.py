@@ -11,7 +11,7 @@ import pytest
 from analysis import leaderboard
 from results import archive
 from results.errors import StoreError
-from results.records import MetricRecord, RunRecord
+from results.records import LatencyRecord, MetricRecord, RunRecord
 from results.store import Store
 from tests.test_analysis_leaderboard import A, B, complete, trial
 
@@ -23,6 +23,8 @@ def store():
         records += trial("n", B, 0, status="diverged")
         run = next(record.run_id for record in records if isinstance(record, RunRecord))
         records += [MetricRecord(run, 5, "loss", float("nan")), MetricRecord(run, 5, "q", 1 / 3)]
+        numbers = (1, False, "cpu", 1, 9, 0.5, 0.75, (0.5, 0.5))
+        records.append(LatencyRecord(run, "2031-05-06T07:08:09Z", *numbers, {}, {"cpu": "A"}))
         store.append(records)
         yield store
 

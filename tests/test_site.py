@@ -13,7 +13,7 @@ from test_analysis_leaderboard import A, B, complete, dataset, fill, trial
 from analysis.site import collect as collecting
 from analysis.site import pages, svg
 from harness import cli
-from results.records import TrialRecord
+from results.records import LatencyRecord, TrialRecord
 from results.store import Store
 
 
@@ -69,6 +69,21 @@ def test_methods_that_lack_a_seed_are_shown_but_not_ranked(store):
     assert ranks["m"] is not None
     row = next(row for row in track.rows if row.board.method == "n")
     assert (row.covered, row.min_seeds, row.max_seeds) == (1, 2, 3)
+
+
+def test_latency_is_a_column_where_it_was_measured_under_one_condition(store, tmp_path):
+    fill(store, [A], complete("m", A), complete("k", A))
+    pages.write(store, tmp_path)
+    assert "ms / action" not in (tmp_path / "index.html").read_text()
+    runs = store.runs().run_id
+    for run, cpu, ms in ((runs[0], "slow", 3.0), (runs[1], "slow", 5.0), (runs[2], "fast", 1.0)):
+        times = (1, False, "cpu", 1, 10, ms, ms, (ms,), {}, {"cpu": cpu})
+        store.append([LatencyRecord(run, "2031-05-06T08:00:00Z", *times)])
+    (track,) = collecting.collect(store).tracks
+    assert track.condition == "slow, 1 thread, eager"
+    assert sorted((row.latency is None, row.latency) for row in track.rows)[0] == (False, 4.0)
+    pages.write(store, tmp_path)
+    assert "ms / action" in (tmp_path / "index.html").read_text()
 
 
 @pytest.mark.parametrize(

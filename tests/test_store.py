@@ -23,6 +23,7 @@ from results.records import (
     ArtifactRecord,
     DatasetRecord,
     EvalRecord,
+    LatencyRecord,
     MetricRecord,
     RunRecord,
     TrialRecord,
@@ -92,6 +93,24 @@ def make_evals(run_id: str = "r0", steps=(10, 20), episodes: int = 3) -> list[Ev
         for step in steps
         for episode in range(episodes)
     ]
+
+
+def make_latency(**changes) -> LatencyRecord:
+    values = {
+        "run_id": "r0",
+        "measured_at": "2031-05-06T07:08:09Z",
+        "batch": 1,
+        "compiled": False,
+        "device": "cpu",
+        "threads": 1,
+        "calls": 100,
+        "median_ms": 1.5,
+        "p99_ms": 3.0,
+        "round_medians_ms": (1.25, 1.75),
+        "versions": {"torch": "2.13"},
+        "hardware": {"cpu": "A"},
+    }
+    return LatencyRecord(**{**values, **changes})
 
 
 FAMILY = [DATASET, make_trial(), make_run(), *make_evals()]
@@ -167,14 +186,32 @@ def test_records_come_back_as_typed_frames(store):
     assert evaluations.episode_return.tolist() == [10, 10.25, 10.5, 20, 20.25, 20.5]
     assert store.metrics(names=["critic_loss"]).value.tolist() == [0.125]
     assert store.metrics(names=["other"]).empty
-    tables = ("datasets", "trials", "runs", "evals", "metrics", "artifacts")
-    assert store.counts() == dict(zip(tables, (1, 1, 1, 6, 1, 1), strict=True))
+    tables = ("datasets", "trials", "runs", "evals", "metrics", "artifacts", "latencies")
+    assert store.counts() == dict(zip(tables, (1, 1, 1, 6, 1, 1, 0), strict=True))
+
+
+def test_a_latency_measured_again_stays_beside_the_first_and_both_come_back(store):
+    first = make_latency()
+    again = make_latency(measured_at="2031-05-06T08:00:00Z", median_ms=2.0)
+    other = make_latency(batch=256)
+    assert store.append([*FAMILY, again, first, other, first]) == len(FAMILY) + 3
+    assert list(store.records([LatencyRecord], ["t0"])) == [first, other, again]
+    frame = store.latencies(["t0"])
+    assert frame.median_ms.tolist() == [1.5, 1.5, 2.0]
+    assert frame.round_medians_ms[0] == [1.25, 1.75]
+    assert frame.trial_id.tolist() == ["t0"] * 3
+    assert store.latencies(["unknown"]).empty
+    with pytest.raises(MissingParentError, match=r"run r7 \(needed by a latency\)"):
+        store.append([make_latency(run_id="r7")])
 
 
 def test_empty_frames_have_the_same_columns_and_types_as_full_ones(store):
-    readers = (store.trials, store.runs, store.evaluations, store.metrics, store.evaluation_means)
+    readers = (
+        *(store.trials, store.runs, store.evaluations, store.metrics, store.evaluation_means),
+        store.latencies,
+    )
     empty = [read([]).dtypes.to_dict() for read in readers]
-    store.append([*FAMILY, MetricRecord("r0", 1, "loss", 2.0)])
+    store.append([*FAMILY, MetricRecord("r0", 1, "loss", 2.0), make_latency()])
     assert [read().dtypes.to_dict() for read in readers] == empty
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from analysis import leaderboard, stats
 from analysis.comparison import Comparison, Rank, compare
 from analysis.leaderboard import Leaderboard, MethodRow
-from analysis.load import Cell, Task, evaluation_frame
+from analysis.load import Cell, Task, evaluation_frame, latency_frame
 from results.schema import canonical_json
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class RowView:
     algorithm: str
     cells: tuple[CellView | None, ...]  # as the track's tasks
     rank: Rank | None = None  # None where the method is not ranked
-    latency: float | None = None  # milliseconds per action, if it was measured
+    latency: float | None = None  # milliseconds per action under the track's condition
 
     @property
     def runs(self) -> list[Run]:
@@ -151,6 +151,7 @@ class Track:
     board: Leaderboard
     rows: tuple[RowView, ...]
     comparison: Comparison | None  # of the ranked methods; None where fewer than two are
+    condition: str  # of measured latencies: only times under one condition compare
     title: str
 
     @property
@@ -309,6 +310,7 @@ def _track(
     curves = _by(evaluation_frame(store, ids), "method", "task")
     variants = _by(trials.sort_values("seed"), "variant_id")
     comparison = _compare(board, seed)
+    condition, latencies = _latencies(store, ids)
     ranks = {} if comparison is None else {rank.method: rank for rank in comparison.ranks}
     rows = []
     for row in board.rows:
@@ -332,7 +334,10 @@ def _track(
                 )
             )
         algorithm = next(cell.algorithm for cell in cells if cell)
-        rows.append(RowView(row, algorithm, tuple(cells), ranks.get(row.method)))
+        runs_of = {run for cell in cells if cell for run in cell.cell.run_ids}
+        times = [time for run, time in latencies.items() if run in runs_of]
+        latency = float(np.median(times)) if times else None
+        rows.append(RowView(row, algorithm, tuple(cells), ranks.get(row.method), latency))
     environment = _environment(trials)
     marks = [environment, protocol, *([f"data generation {generation + 1}"] if generation else [])]
     return Track(
@@ -344,8 +349,21 @@ def _track(
         board=board,
         rows=tuple(rows),
         comparison=comparison,
+        condition=condition,
         title=f"{suite}: {'; '.join(marks)}",
     )
+
+
+def _latencies(store: Store, ids: list[str]) -> tuple[str, dict[str, float]]:
+    """The condition most runs were measured under at batch 1, and run -> milliseconds there."""
+    frame = latency_frame(store, ids)
+    frame = frame[frame.batch == 1]
+    if frame.empty:
+        return "", {}
+    counts = frame.condition.value_counts()
+    condition = min(counts[counts == counts.max()].index)
+    part = frame[frame.condition == condition]
+    return str(condition), dict(zip(part.run_id, part.ms, strict=True))
 
 
 def _compare(board: Leaderboard, seed: int) -> Comparison | None:
