@@ -122,11 +122,8 @@ def compare(
         estimates.append(float(stats.METRICS[metric](flat, counts)[0]))
         if min(counts) >= stats.MIN_SEEDS:
             # Methods were trained apart, so each is resampled with numbers of its own.
-            draws.append(
-                stats.METRICS[metric](
-                    stats.resample(scores[method], reps, _seed(seed, index)), counts
-                )
-            )
+            one = {metric: stats.METRICS[metric]}
+            draws.append(stats.bootstrap(one, scores[method], reps, _seed(seed, index))[metric])
     sign = 1 if metric == "Optimality gap" else -1  # the only one that is better when smaller
     places = _ranks(sign * np.array(estimates)[None])[0]
     low: list[float | None] = [None] * len(methods)

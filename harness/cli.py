@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -452,6 +452,67 @@ def _leaderboard(
             console.print(item)
     else:
         print(built.render(output_format))
+
+
+@app.command()
+def reproduce(
+    algorithm: Annotated[
+        str | None, typer.Argument(help="Only this algorithm (default: all).")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Glob over our dataset ids and D4RL's names.")] = "*",
+    margin: Annotated[
+        float, typer.Option(help="Points within which two means count as equal.")
+    ] = 5.0,
+    all_tables: Annotated[
+        bool,
+        typer.Option("--all-tables", help="Also others' runs and quotations of the same method."),
+    ] = False,
+    output_format: Annotated[
+        str, typer.Option("--format", help="rich, markdown or json.")
+    ] = "rich",
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Printed numbers beside ours, each with a verdict and what it rests on."""
+    from analysis import verdicts
+
+    if output_format not in ("rich", "markdown", "json"):
+        raise ValueError(f"unknown format {output_format!r}; expected rich, markdown or json")
+    _, store = _open_to_read(home, db, None)
+    with store:
+        report = verdicts.reproduce(
+            store, algorithm, dataset, margin, _published_settings, all_tables=all_tables
+        )
+    if output_format != "rich":
+        print(verdicts.markdown(report) if output_format == "markdown" else verdicts.json(report))
+        return
+    from rich.markup import escape
+
+    table = Table(*verdicts.HEADER, title=f"Printed numbers and ours (margin {margin:g} points)")
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in verdicts.rows(report):
+        table.add_row(*map(escape, row), end_section=True)
+    console.print(table)
+    console.print(verdicts.caption(report), style="dim", highlight=False)
+    for note in report.notes:
+        console.print(f"! {escape(note)}", style="yellow", highlight=False)
+
+
+def _published_settings(algorithm: str, preset: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """Settings of the algorithm's table for a dataset, flat; None where it is not registered."""
+    from harness.registry import Registry, UnknownAlgorithmError, hparams_for
+    from harness.spec import data_spec_class
+    from harness.typed import config_from_dict, config_to_dict
+
+    try:
+        recipe = Registry().get(algorithm)
+    except UnknownAlgorithmError:
+        return None
+    found = hparams_for(recipe, names, preset)
+    config = config_to_dict(config_from_dict(recipe.config, found.config, algorithm))
+    data = config_to_dict(data_spec_class()(**found.data))
+    return {**config, **{f"data.{name}": value for name, value in data.items()}}
 
 
 @app.command()

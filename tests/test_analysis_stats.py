@@ -115,7 +115,7 @@ def test_scores_beyond_one_do_not_count_against_the_optimality_gap():
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([], "no task"), ([[0.1], []], "task 1 has no scores"), ([[0.1, np.nan]], "the score nan")],
+    [([], "no scores"), ([[0.1], []], "task 1 has no scores"), ([[0.1, np.nan]], "the score nan")],
 )
 def test_what_cannot_be_aggregated_is_refused(scores, message):
     with pytest.raises(ValueError, match=message):
@@ -253,3 +253,25 @@ def test_the_interval_of_the_probability_of_improvement_is_rliables():
 def test_what_cannot_be_compared_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_bootstrap_draws_within_tasks_and_longer_runs_begin_as_shorter_ones():
+    scores = [[1.0, 1.0, 1.0], [5.0] * 5]
+    draws = stats.bootstrap(stats.METRICS, scores, 50, 0)
+    assert (draws["Mean"] == 3.0).all()
+    values = np.random.default_rng(0).normal(size=(4, 200))  # more than one block
+    long, short = (stats.bootstrap(stats.METRICS, values, n, 0)["IQM"] for n in (300, 100))
+    assert np.array_equal(long[:100], short)
+
+
+def test_the_coverage_that_is_documented():
+    """docs/statistics.md: at 3 seeds of one task, percentile covers far too little and t enough."""
+    rng = np.random.default_rng(0)
+    covered = {"percentile": 0, "t": 0}
+    for _ in range(300):
+        scores = rng.normal(size=3)
+        for interval in covered:
+            found = stats.mean_interval(scores, reps=200, interval=interval)
+            covered[interval] += found.low <= 0 <= found.high
+    assert covered["percentile"] / 300 < 0.85
+    assert 0.92 < covered["t"] / 300 < 0.98

@@ -11,6 +11,7 @@ import pytest
 
 from harness import datasets
 from harness.datasets import DatasetError, UnknownDatasetError, catalog, local
+from results.published import reference_scores
 
 
 @pytest.fixture(autouse=True)
@@ -149,14 +150,14 @@ def test_hidden_and_unfinished_folders_are_not_datasets(empty_store: Path) -> No
 
 
 def test_every_d4rl_constant_has_a_name_that_resolves() -> None:
-    assert set(catalog.legacy_ids()) == set(catalog.d4rl_constants())
+    assert set(catalog.legacy_ids()) == set(reference_scores())
     for name in catalog.legacy_ids():
         entry = datasets.resolve(name)
         assert entry.requested == name
         if entry.relation == "different":
             assert "D4RL constants" not in entry.ref_source
         else:
-            assert (entry.ref_min, entry.ref_max) == catalog.d4rl_constants()[name]
+            assert (entry.ref_min, entry.ref_max) == reference_scores()[name]
 
 
 def test_every_alias_points_at_a_published_dataset() -> None:

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from harness.datasets import local
 from harness.datasets.errors import DatasetError, UnknownDatasetError
+from results.published import reference_scores
 
 Relation = Literal["original", "regenerated", "different", "generated", "local"]
 
@@ -125,16 +126,6 @@ def _published() -> dict[str, dict[str, str]]:
 
 
 @cache
-def d4rl_constants() -> dict[str, tuple[float, float]]:
-    """D4RL's (ref_min, ref_max) by legacy dataset name."""
-    source = resources.files("results").joinpath("published", "d4rl_reference_scores.csv")
-    return {
-        row["env_or_dataset"]: (float(row["ref_min_score"]), float(row["ref_max_score"]))
-        for row in csv.DictReader(source.read_text().splitlines())
-    }
-
-
-@cache
 def _legacy_of() -> dict[str, _LegacyName]:
     """Minari id (D4RL/ ids without their version) to the newest D4RL name it stands for."""
     found: dict[str, _LegacyName] = {}
@@ -224,7 +215,7 @@ def _resolve_legacy(name: str) -> DatasetEntry:
         return replace(_resolve_id(original), requested=name, note=note)
     entry = replace(_resolve_id(legacy.minari_id), requested=name, legacy_id=name)
     if entry.relation == "regenerated":
-        ref_min, ref_max = d4rl_constants()[name]
+        ref_min, ref_max = reference_scores()[name]
         entry = replace(
             entry, ref_min=ref_min, ref_max=ref_max, ref_source=f"{D4RL_SOURCE} ({name})"
         )
@@ -253,7 +244,7 @@ def _resolve_id(dataset_id: str) -> DatasetEntry:
             entry, relation=relation, legacy_id=legacy.legacy_id, note=_note(dataset_id, relation)
         )
         if relation == "regenerated":
-            ref_min, ref_max = d4rl_constants()[legacy.legacy_id]
+            ref_min, ref_max = reference_scores()[legacy.legacy_id]
             source = f"{D4RL_SOURCE} ({legacy.legacy_id})"
             return replace(
                 entry,
@@ -279,7 +270,7 @@ def _original(entry: DatasetEntry) -> DatasetEntry:
     legacy = _legacy_names().get(legacy_id)
     if legacy is None:
         return replace(entry, relation="original")
-    ref_min, ref_max = d4rl_constants()[legacy_id]
+    ref_min, ref_max = reference_scores()[legacy_id]
     return replace(
         entry,
         relation="original",
@@ -301,7 +292,7 @@ def _references_from_metadata(entry: DatasetEntry, stored: Mapping[str, Any]) ->
         same = sorted(
             {
                 name.partition("-")[0]
-                for name, pair in d4rl_constants().items()
+                for name, pair in reference_scores().items()
                 if math.isclose(pair[0], low, rel_tol=1e-6, abs_tol=1e-6)
                 and math.isclose(pair[1], high, rel_tol=1e-6)
             }
