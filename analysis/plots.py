@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.curves import REPS as CURVE_REPS
+from analysis.curves import Curve, mean_curves
 from analysis.leaderboard import REPS, Leaderboard, build
 from analysis.load import evaluation_frame, latency_frame
 from analysis.stats import METRICS, MIN_SEEDS, curve_interval
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-CURVE_REPS = 2000
 PANEL_INCHES = (3.6, 2.7)
 COLUMNS = 3
 LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # for print
@@ -125,13 +126,13 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
     )
     methods = sorted(frame.method.unique())
     colours = palette(methods)
-    curves = dict(iter(frame.groupby(["task", "method"])))
+    curves = mean_curves(frame, seed)
     for axis, name in zip(axes.flat, names, strict=False):
         scale = 100.0 if tasks[name].normalized else 1.0
         for place, method in enumerate(methods):
-            if (name, method) in curves:
+            if (method, name) in curves:
                 style = {"color": colours[method], "linestyle": LINE_STYLES[place % 5]}
-                _draw_curve(axis, curves[name, method], scale, style, method, seed)
+                _draw_curve(axis, curves[method, name], scale, style, method)
         axis.set_title(name, fontsize="small")
         axis.set_xlabel("gradient steps")
         axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
@@ -145,21 +146,19 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
     return figure
 
 
-def _draw_curve(
-    axis: Any, part: pd.DataFrame, scale: float, style: dict[str, Any], label: str, seed: int
-) -> None:
-    # A step that a seed lacks is left out: its mean would be over other seeds than its neighbours'.
-    table = scale * part.pivot(index="seed", columns="step", values="score").dropna(axis=1)
-    if table.columns.empty:
+def _draw_curve(axis: Any, curve: Curve, scale: float, style: dict[str, Any], label: str) -> None:
+    if not curve.steps:
         return
-    steps, values = table.columns.to_numpy(), table.to_numpy()
-    bounds = curve_interval(values, CURVE_REPS, seed)
-    if bounds is not None:
-        axis.fill_between(steps, *bounds, color=style["color"], alpha=0.18, linewidth=0)
-    elif len(values) > 1:
-        axis.plot(steps, values.T, color=style["color"], linewidth=0.6, alpha=0.5)
-    few = {"marker": "o", "markersize": 3.5} if len(steps) <= 10 else {}
-    axis.plot(steps, values.mean(axis=0), label=label, linewidth=1.5, **style, **few)
+    if curve.bounds is not None:
+        low, high = (scale * np.array(bound) for bound in curve.bounds)
+        axis.fill_between(curve.steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    elif len(curve.seeds) > 1:
+        for points in curve.seeds.values():
+            shown = [(step, scale * value) for step, value in points if step in curve.steps]
+            axis.plot(*zip(*shown, strict=True), color=style["color"], linewidth=0.6, alpha=0.5)
+    few = {"marker": "o", "markersize": 3.5} if len(curve.steps) <= 10 else {}
+    mean = scale * np.array(curve.mean)
+    axis.plot(curve.steps, mean, label=label, **{"linewidth": 1.5, **style}, **few)
 
 
 def step_label(value: float, position: int = 0) -> str:

@@ -1,14 +1,11 @@
 """What the site shows, gathered from a database: tracks, their rows, and the runs behind a cell.
 
-A track is what may be ranked together: datasets of one suite, each with one content and evaluated
-in one environment, one simulator version, one protocol, one tier. Scores, pooling, aggregates and
-what is missing come from `analysis.load` and `analysis.leaderboard`, once for each track.
+Scores, pooling, aggregates and what is missing come from `analysis.load` and
+`analysis.leaderboard`, once for each track.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,8 +14,10 @@ import numpy as np
 
 from analysis import leaderboard, stats
 from analysis.comparison import Comparison, Rank, compare
+from analysis.curves import Curve, mean_curves
 from analysis.leaderboard import Leaderboard, MethodRow
 from analysis.load import Cell, Task, evaluation_frame, latency_frame
+from analysis.tracks import Track, slug, split
 from results.schema import canonical_json
 
 if TYPE_CHECKING:
@@ -26,10 +25,8 @@ if TYPE_CHECKING:
 
     from results.store import Store
 
-CURVE_REPS = 1000
+CELL_REPS = 1000
 RANK_REPS = 2000
-ADROIT = ("door", "hammer", "pen", "relocate")
-LOCOMOTION = ("ant", "halfcheetah", "hopper", "walker2d")
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,6 @@ class Run:
     versions: Mapping[str, str]
     compiled: bool
     stack: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Scores by gradient step; `bounds` is the interval of the mean over seeds, if there is one."""
-
-    steps: tuple[int, ...]
-    mean: tuple[float, ...]
-    bounds: tuple[tuple[float, ...], tuple[float, ...]] | None
-    seeds: Mapping[int, tuple[tuple[int, float], ...]]
 
 
 @dataclass(frozen=True)
@@ -140,19 +127,14 @@ class RowView:
 
 
 @dataclass(frozen=True)
-class Track:
-    """What may be ranked together."""
+class TrackView:
+    """A track with its leaderboard."""
 
-    slug: str
-    suite: str
-    tier: str
-    protocol: str
-    environment: str
+    key: Track
     board: Leaderboard
     rows: tuple[RowView, ...]
     comparison: Comparison | None  # of the ranked methods; None where fewer than two are
     condition: str  # of measured latencies: only times under one condition compare
-    title: str
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -175,28 +157,11 @@ class Track:
 class Content:
     """Everything the pages need."""
 
-    tracks: tuple[Track, ...]
+    tracks: tuple[TrackView, ...]
     datasets: Mapping[str, list[Mapping[str, Any]]]  # dataset id -> a row for each content
     select: str
     seed: int
     notes: tuple[str, ...] = field(default=())
-
-
-def suite_of(dataset_id: str) -> str:
-    """The group of datasets whose scores are aggregated: "mujoco", "adroit", "pointmaze", ..."""
-    parts = dataset_id.split("/")
-    if len(parts) == 1:  # a name of D4RL: hopper-medium-v2, antmaze-umaze-v2
-        first = re.split(r"[-_]", dataset_id)[0]
-        return "mujoco" if first in LOCOMOTION else "adroit" if first in ADROIT else first
-    if parts[0] == "D4RL":
-        return "adroit" if parts[1] in ADROIT else parts[1]
-    return parts[0]
-
-
-def slug(*parts: str) -> str:
-    """A file name: what is readable of the first part, and a hash of all."""
-    text = re.sub(r"[^A-Za-z0-9]+", "-", parts[0]).strip("-").lower()[:40]
-    return f"{text}-{hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:8]}"
 
 
 def collect(
@@ -226,14 +191,11 @@ def collect(
     if runs.empty:
         raise ValueError("no run to show; run a sweep first, or check `harness status`")
     attempts = _by(runs, "trial_id")
-    places: dict[Any, list[int]] = {}
-    for place, key in enumerate(_track_keys(trials)):
-        places.setdefault(key, []).append(place)
     tracks = [
-        _track(store, key, trials.iloc[rows], attempts, select, seed, defaults or {}, reps)
-        for key, rows in sorted(places.items())
+        _track(store, key, part, attempts, select, seed, defaults or {}, reps)
+        for key, part in split(trials)
     ]
-    tracks.sort(key=lambda track: (-sum(len(row.runs) for row in track.rows), track.title))
+    tracks.sort(key=lambda track: (-sum(len(row.runs) for row in track.rows), track.key.title))
     shown = set(trials.dataset_id)
     datasets: dict[str, list[Mapping[str, Any]]] = {}
     for row in store.datasets().to_dict("records"):
@@ -242,72 +204,19 @@ def collect(
     return Content(tuple(tracks), datasets, select, seed)
 
 
-def protocol_text(evaluation: Mapping[str, Any]) -> str:
-    """How policies were evaluated, in words."""
-    if not evaluation:
-        return "not recorded"
-    known = (
-        f"{evaluation.get('episodes', '?')} episodes every {evaluation.get('every', '?')} steps, "
-        f"environment seeds from {evaluation.get('first_env_seed', 0)}"
-    )
-    listed = ("episodes", "every", "first_env_seed", "environment", "simulator")
-    other = {name: value for name, value in evaluation.items() if name not in listed}
-    return known + "".join(f", {name} {value}" for name, value in sorted(other.items()))
-
-
-def _track_keys(trials: Any) -> list[tuple[str, str, str, str, int]]:
-    """(suite, tier, protocol, simulator, generation) of each trial.
-
-    Where such a group has one dataset with two contents or two environments, the later one is of
-    the next generation: a track has one of each.
-    """
-    heads = [
-        (suite_of(row.dataset_id), tier_of(row), protocol_text(row.evaluation), row.simulator)
-        for row in trials.itertuples()
-    ]
-    kinds = [
-        (row.dataset_digest, canonical_json(row.evaluation.get("environment")))
-        for row in trials.itertuples()
-    ]
-    found: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
-    order = trials.created_at.to_numpy().argsort(kind="stable")
-    for place in order:
-        known = found.setdefault((*heads[place], trials.dataset_id.iloc[place]), [])
-        if kinds[place] not in known:
-            known.append(kinds[place])
-    return [
-        (*head, found[*head, dataset].index(kind))
-        for head, dataset, kind in zip(heads, trials.dataset_id, kinds, strict=True)
-    ]
-
-
-def tier_of(trial: Any) -> str:
-    """Whose number it is: ours (trained here) or imported."""
-    return "ours"
-
-
-def _environment(part: pd.DataFrame) -> str:
-    """Version of the tasks' environments and of the simulator: "v5, mujoco 3.11.0"."""
-    names = {(one.get("environment") or {}).get("env_id", "") for one in part.evaluation}
-    versions = sorted({found[0] for name in names if (found := re.findall(r"-(v\d+)$", name))})
-    simulator = ", ".join(sorted(set(part.simulator))) or "simulator not recorded"
-    return f"{'/'.join(versions)}, {simulator}" if versions else simulator
-
-
 def _track(
     store: Store,
-    key: Any,
+    key: Track,
     trials: pd.DataFrame,
     attempts: Mapping[str, list[Any]],
     select: str,
     seed: int,
     defaults: Mapping[str, Mapping[str, Any]],
     reps: int,
-) -> Track:
-    suite, tier, protocol, _, generation = key
+) -> TrackView:
     ids = list(trials.trial_id)
     board = leaderboard.build(store, ids, select, seed, reps=reps)
-    curves = _by(evaluation_frame(store, ids), "method", "task")
+    curves = mean_curves(evaluation_frame(store, ids), seed)
     variants = _by(trials.sort_values("seed"), "variant_id")
     comparison = _compare(board, seed)
     condition, latencies = _latencies(store, ids)
@@ -322,13 +231,13 @@ def _track(
                 continue
             cells.append(
                 _cell(
-                    slug(row.method, *map(str, key), task.name),
+                    slug(row.method, key.slug, task.name),
                     row.method,
                     task,
                     found,
                     variants[found.variant_id],
                     attempts,
-                    curves.get((row.method, task.name), []),
+                    curves.get((row.method, task.name)),
                     seed,
                     defaults,
                 )
@@ -338,20 +247,7 @@ def _track(
         times = [time for run, time in latencies.items() if run in runs_of]
         latency = float(np.median(times)) if times else None
         rows.append(RowView(row, algorithm, tuple(cells), ranks.get(row.method), latency))
-    environment = _environment(trials)
-    marks = [environment, protocol, *([f"data generation {generation + 1}"] if generation else [])]
-    return Track(
-        slug=slug(suite, *map(str, key)),
-        suite=suite,
-        tier=tier,
-        protocol=protocol,
-        environment=environment,
-        board=board,
-        rows=tuple(rows),
-        comparison=comparison,
-        condition=condition,
-        title=f"{suite}: {'; '.join(marks)}",
-    )
+    return TrackView(key, board, tuple(rows), comparison, condition)
 
 
 def _latencies(store: Store, ids: list[str]) -> tuple[str, dict[str, float]]:
@@ -387,7 +283,7 @@ def _cell(
     cell: Cell,
     trials: list[Any],
     attempts: Mapping[str, list[Any]],
-    curve: list[Any],
+    curve: Curve | None,
     seed: int,
     defaults: Mapping[str, Mapping[str, Any]],
 ) -> CellView:
@@ -400,7 +296,7 @@ def _cell(
         method=method,
         task=task,
         cell=cell,
-        estimate=stats.mean_interval(scores, CURVE_REPS, seed) if scores else None,
+        estimate=stats.mean_interval(scores, CELL_REPS, seed) if scores else None,
         algorithm=first.algorithm,
         revision=int(first.revision),
         precision=first.precision,
@@ -414,7 +310,7 @@ def _cell(
         evaluation=first.evaluation,
         trial_ids=tuple(trial.trial_id for trial in trials),
         runs=tuple(runs),
-        curve=_curve(curve, seed),
+        curve=curve,
     )
 
 
@@ -454,21 +350,3 @@ def _runs(trial: Any, cell: Cell, attempts: list[Any]) -> list[Run]:
             )
         )
     return found
-
-
-def _curve(rows: list[Any], seed: int) -> Curve | None:
-    seeds: dict[int, dict[int, float]] = {}
-    for row in rows:
-        seeds.setdefault(row.seed, {})[row.step] = row.score
-    if not seeds:
-        return None
-    # A mean over other seeds than its neighbours' is not drawn.
-    steps = sorted(set.intersection(*(set(one) for one in seeds.values())))
-    values = np.array([[one[step] for step in steps] for one in seeds.values()])
-    bounds = stats.curve_interval(values, CURVE_REPS, seed) if steps else None
-    return Curve(
-        steps=tuple(steps),
-        mean=tuple(values.mean(axis=0).tolist()),
-        bounds=None if bounds is None else (tuple(bounds[0].tolist()), tuple(bounds[1].tolist())),
-        seeds={one: tuple(sorted(points.items())) for one, points in sorted(seeds.items())},
-    )

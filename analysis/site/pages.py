@@ -19,7 +19,8 @@ from analysis.comparison import Rank
 from analysis.load import Task, missing_text
 from analysis.plots import step_label
 from analysis.site import svg
-from analysis.site.collect import CellView, Content, RowView, Track, collect, slug
+from analysis.site.collect import CellView, Content, RowView, TrackView, collect
+from analysis.tracks import slug
 from results.archive import save_table
 
 if TYPE_CHECKING:
@@ -129,7 +130,10 @@ class _Writer:
     def tracks(self) -> None:
         for track in self.content.tracks:
             self.page(
-                "track.html", f"tracks/{track.slug}.html", track=track, choices=_choices([track])
+                "track.html",
+                f"tracks/{track.key.slug}.html",
+                track=track,
+                choices=_choices([track]),
             )
 
     def datasets(self) -> None:
@@ -143,7 +147,7 @@ class _Writer:
             self.page("dataset.html", dataset_page(name), id=name, contents=contents, tables=found)
 
     def algorithms(self) -> None:
-        rows: dict[str, list[tuple[Track, RowView]]] = {}
+        rows: dict[str, list[tuple[TrackView, RowView]]] = {}
         for track in self.content.tracks:
             for row in track.rows:
                 rows.setdefault(row.algorithm, []).append((track, row))
@@ -169,8 +173,8 @@ class _Writer:
     def compare(self) -> None:
         for track in self.content.tracks:
             text = json.dumps(_comparison(track), sort_keys=True, allow_nan=False)
-            line = f"window.comparisons[{json.dumps(track.slug)}] = {text};\n"
-            path = self.out / "data" / f"compare-{track.slug}.js"
+            line = f"window.comparisons[{json.dumps(track.key.slug)}] = {text};\n"
+            path = self.out / "data" / f"compare-{track.key.slug}.js"
             path.write_text(f"window.comparisons ??= {{}};\n{line}", encoding="utf-8")
         self.page("compare.html", "compare.html", tracks=self.content.tracks)
 
@@ -183,7 +187,11 @@ class _Writer:
         save_table(pa.Table.from_pandas(frame, preserve_index=False), folder / "scores.parquet")
         frame.to_json(folder / "scores.json", orient="records", indent=0, double_precision=15)
         boards = [
-            {"track": track.title, "tier": track.tier, **json.loads(tables.json(track.board))}
+            {
+                "track": track.key.title,
+                "tier": track.key.tier,
+                **json.loads(tables.json(track.board)),
+            }
             for track in self.content.tracks
         ]
         (folder / "leaderboards.json").write_text(
@@ -210,7 +218,13 @@ def score_frame(content: Content) -> pd.DataFrame:
     for track in content.tracks:
         for row in track.rows:
             for cell in filter(None, row.cells):
-                head = (track.suite, track.tier, track.environment, track.protocol, content.select)
+                head = (
+                    track.key.suite,
+                    track.key.tier,
+                    track.key.environment,
+                    track.key.protocol,
+                    content.select,
+                )
                 what = (row.board.method, row.algorithm, cell.task.name, cell.task.dataset_id)
                 unit = "score" if cell.task.normalized else "return"
                 runs = {run.seed: run.run_id for run in cell.runs if run.score is not None}
@@ -227,9 +241,9 @@ def dataset_page(dataset_id: str) -> str:
     return f"datasets/{slug(dataset_id)}.html"
 
 
-def row_id(row: RowView, track: Track) -> str:
+def row_id(row: RowView, track: TrackView) -> str:
     """The anchor of a row on its algorithm's page."""
-    return slug(row.board.method, track.slug)
+    return slug(row.board.method, track.key.slug)
 
 
 def _environment(content: Content) -> Environment:
@@ -300,18 +314,18 @@ def _size(num_bytes: int) -> str:
     )
 
 
-def _choices(tracks: Iterable[Track]) -> list[tuple[str, str, list[str]]]:
+def _choices(tracks: Iterable[TrackView]) -> list[tuple[str, str, list[str]]]:
     tracks = list(tracks)
     return [
-        ("suite", "Suite", sorted({track.suite for track in tracks})),
+        ("suite", "Suite", sorted({track.key.suite for track in tracks})),
         ("family", "Algorithm", sorted({row.algorithm for t in tracks for row in t.rows})),
-        ("protocol", "Protocol", sorted({track.protocol for track in tracks})),
-        ("environment", "Environment", sorted({track.environment for track in tracks})),
-        ("tier", "Tier", sorted({track.tier for track in tracks})),
+        ("protocol", "Protocol", sorted({track.key.protocol for track in tracks})),
+        ("environment", "Environment", sorted({track.key.environment for track in tracks})),
+        ("tier", "Tier", sorted({track.key.tier for track in tracks})),
     ]
 
 
-def _dataset_table(track: Track, task: Task, place: int) -> tuple[Any, ...]:
+def _dataset_table(track: TrackView, task: Task, place: int) -> tuple[Any, ...]:
     cells = [cell for row in track.rows if (cell := row.cells[place])]
     cells.sort(key=lambda cell: (-cell.estimate.value if cell.estimate else math.inf, cell.method))
     ends = [
@@ -353,7 +367,7 @@ def _cell_chart(cell: CellView) -> str:
     return svg.curves([_line(cell, with_seeds=True)], label, _unit(cell.task))
 
 
-def _comparison(track: Track) -> dict[str, Any]:
+def _comparison(track: TrackView) -> dict[str, Any]:
     """What the page that compares two methods of a track shows: means of cells, tests of pairs."""
     names = [row.board.method for row in track.rows]
     methods = []
