@@ -132,7 +132,7 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
         for place, method in enumerate(methods):
             if (method, name) in curves:
                 style = {"color": colours[method], "linestyle": LINE_STYLES[place % 5]}
-                _draw_curve(axis, curves[method, name], scale, style, method)
+                draw_curve(axis, curves[method, name], scale, style, method)
         axis.set_title(name, fontsize="small")
         axis.set_xlabel("gradient steps")
         axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
@@ -141,12 +141,13 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
         axis.xaxis.set_major_formatter(FuncFormatter(step_label))
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    _legend(figure, axes.flat[: len(names)])
+    draw_legend(figure, axes.flat[: len(names)])
     write_caption(figure, _curve_caption(frame, board, width=75 * columns))
     return figure
 
 
-def _draw_curve(axis: Any, curve: Curve, scale: float, style: dict[str, Any], label: str) -> None:
+def draw_curve(axis: Any, curve: Curve, scale: float, style: dict[str, Any], label: str) -> None:
+    """Mean and interval; thin lines for seeds that are too few for one."""
     if not curve.steps:
         return
     if curve.bounds is not None:
@@ -169,7 +170,7 @@ def step_label(value: float, position: int = 0) -> str:
     return f"{value:g}"
 
 
-def _legend(figure: Figure, axes: Iterable[Any]) -> None:
+def draw_legend(figure: Figure, axes: Iterable[Any]) -> None:
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -325,14 +326,14 @@ def score_latency(points: Sequence[LatencyPoint], board: Leaderboard) -> Figure:
         for point in points:
             if point.task == name:
                 marker = markers[point.condition]
-                _draw_point(axis, point, scale, colours[point.method], marker)
+                draw_point(axis, point, scale, colours[point.method], marker)
         axis.set_xscale("log")
         axis.set_title(name, fontsize="small")
         axis.set_xlabel("ms per action, batch 1")
         axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    _legend(figure, axes.flat[: len(names)])
+    draw_legend(figure, axes.flat[: len(names)])
     where = "; ".join(f"{each} ({MARKERS[markers[each]]})" for each in conditions)
     text = (
         "Median time of one seed's act() from tensors to tensors, environment not included; bars: "
@@ -344,7 +345,7 @@ def score_latency(points: Sequence[LatencyPoint], board: Leaderboard) -> Figure:
     return figure
 
 
-def _draw_point(axis: Any, point: LatencyPoint, scale: float, colour: Any, marker: str) -> None:
+def draw_point(axis: Any, point: LatencyPoint, scale: float, colour: Any, marker: str) -> None:
     low, high = point.ms_range
     error: dict[str, Any] = {"xerr": [[max(0.0, point.ms - low)], [max(0.0, high - point.ms)]]}
     if point.interval is not None:
@@ -418,13 +419,21 @@ def _board_source(board: Leaderboard) -> dict[str, Any]:
     }
 
 
-def save_figure(figure: Figure, stem: Path, source: dict[str, Any]) -> list[Path]:
+def save_figure(
+    figure: Figure, stem: Path, source: dict[str, Any], suffixes: Sequence[str] = (".pdf", ".png")
+) -> list[Path]:
+    """Writes and closes a figure; its source becomes a JSON file beside it. No dates in files."""
     import matplotlib.pyplot as plt
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png", ".json")]
-    figure.savefig(paths[0], metadata={"CreationDate": None})
-    figure.savefig(paths[1], dpi=200, metadata={"Software": None})
+    undated: dict[str, dict[str, Any]] = {
+        ".pdf": {"metadata": {"CreationDate": None}},
+        ".svg": {"metadata": {"Date": None}},
+        ".png": {"metadata": {"Software": None}, "dpi": 200},
+    }
+    paths = [stem.with_suffix(suffix) for suffix in (*suffixes, ".json")]
+    for path in paths[:-1]:
+        figure.savefig(path, **undated[path.suffix])
     plt.close(figure)
-    paths[2].write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    paths[-1].write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
     return paths

@@ -537,15 +537,29 @@ def figures(
     spec: OptionalSpec = None,
     overrides: OverridesArgument = None,
     select: SelectOption = "last",
+    style: Annotated[
+        str, typer.Option(help="For a paper: neurips, icml or iclr (also SVG, data, more figures).")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder [<home>/figures].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     home: HomeOption = None,
     db: DatabaseOption = None,
 ) -> None:
-    """Learning curves and aggregate intervals, as PDF and PNG with their sources beside them."""
+    """Learning curves, aggregate intervals and more, with their sources beside them."""
     found, store = _open_to_read(home, db, spec)
     with store:
-        _figures(store, out or found.figures, _trial_ids(spec, overrides), select, seed)
+        ids = _trial_ids(spec, overrides)
+        if not style:
+            _figures(store, out or found.figures, ids, select, seed)
+            return
+        import shlex
+
+        from analysis import paper
+
+        folder = out or found.figures / style
+        command = shlex.join(["harness", *sys.argv[1:]])
+        for path in paper.write(store, folder, style, ids, select, seed, command):
+            console.print(str(path), highlight=False, soft_wrap=True)
 
 
 def _figures(store: Store, out: Path, trial_ids: list[str] | None, select: str, seed: int) -> None:
