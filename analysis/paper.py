@@ -51,6 +51,8 @@ SUFFIXES = (".pdf", ".svg", ".png")
 MAX_PAIRS = 10  # more are drawn as the best-ranked method against each other one
 PULLS = 100
 THRESHOLDS = 101
+THIN: dict[str, Any] = {"linewidth": 1.2, "markersize": 2.0}
+LEGEND_INCHES = 1.3  # of an entry
 
 
 @dataclass(frozen=True)
@@ -213,23 +215,23 @@ def _learning_curves(m: _Material) -> Drawn | None:
 
     curves = mean_curves(m.evaluations, m.seed)
     tasks = [task for task in m.board.tasks if any(name == task.name for _, name in curves)]
-    columns = min(3 if m.style.text_width < 6 else 4, len(tasks))
+    columns = _columns(m.style, len(tasks))
     figure, axes = _panels(m.style, len(tasks), columns)
     rows = []
     for axis, task in zip(axes, tasks, strict=False):
         scale = 100.0 if task.normalized else 1.0
         for method in sorted({name for name, where in curves if where == task.name}):
             curve = curves[method, task.name]
-            plots.draw_curve(axis, curve, scale, {**m.look(method), "linewidth": 1.2}, method)
+            plots.draw_curve(axis, curve, scale, {**m.look(method), **THIN}, method)
             low, high = curve.bounds or (itertools.repeat(math.nan), itertools.repeat(math.nan))
             for values in zip(curve.steps, curve.mean, low, high, strict=False):
                 rows.append((task.name, method, len(curve.seeds), _unit(task), *values))
         axis.set_title(_short(task.name))
         axis.set_xlim(left=0)
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
         axis.xaxis.set_major_formatter(FuncFormatter(plots.step_label))
     _outer_labels(axes, columns, "gradient steps", _axis_label(tasks))
-    plots.draw_legend(figure, axes)
+    _legend(figure, axes)
     names = ["task", "method", "seeds", "unit", "step", "mean", "low", "high"]
     return (
         figure,
@@ -290,7 +292,7 @@ def _profiles(m: _Material) -> Drawn | None:
     axis.set(
         xlabel="normalised score × 100 (threshold)", ylabel="share of runs above", ylim=(0, 1.02)
     )
-    plots.draw_legend(figure, [axis])
+    _legend(figure, [axis])
     data = pd.DataFrame(rows, columns=["method", "threshold", "share", "low", "high"])
     return figure, data, "bands: pointwise 95 % percentile bootstrap over seeds"
 
@@ -356,7 +358,7 @@ def _bars(m: _Material) -> Drawn | None:
     axis.set_xlim(-0.6, len(tasks) - 0.4)
     axis.set_ylabel("normalised score × 100")
     axis.grid(visible=False, axis="x")
-    plots.draw_legend(figure, [axis])
+    _legend(figure, [axis])
     data = pd.DataFrame(rows, columns=["task", "method", "seeds", "mean", "low", "high"])
     return figure, data, "bars: mean; lines: 95 % percentile bootstrap over seeds; points: seeds"
 
@@ -371,17 +373,17 @@ def _score_latency(m: _Material) -> Drawn | None:
     found = [point.condition for point in points]
     condition = max(sorted(set(found)), key=found.count)
     tasks = [t for t in m.board.tasks if any(p.task == t.name for p in points)]
-    columns = min(3, len(tasks))
+    columns = _columns(m.style, len(tasks))
     figure, axes = _panels(m.style, len(tasks), columns)
     for axis, task in zip(axes, tasks, strict=False):
         for point in points:
             if (point.task, point.condition) == (task.name, condition):
                 scale = 100.0 if task.normalized else 1.0
                 plots.draw_point(axis, point, scale, m.look(point.method)["color"], "o")
-        axis.set_xscale("log")
+        _log_axis(axis)
         axis.set_title(_short(task.name))
     _outer_labels(axes, columns, "ms per action", _axis_label(tasks))
-    plots.draw_legend(figure, axes)
+    _legend(figure, axes)
     rows = [
         (p.task, p.method, p.condition, p.ms, *p.ms_range, p.score, *(p.interval or (None, None)))
         for p in points
@@ -403,7 +405,7 @@ def _tuning_budget(m: _Material) -> Drawn | None:
     names = [name for name in tasks if any(task == name for _, task in found)]
     if not names:
         return None
-    columns = min(3, len(names))
+    columns = _columns(m.style, len(names))
     figure, axes = _panels(m.style, len(names), columns)
     pulls = np.arange(1, PULLS + 1)
     algorithms = sorted({algorithm for algorithm, _ in found})
@@ -423,10 +425,10 @@ def _tuning_budget(m: _Material) -> Drawn | None:
                 axis.fill_between(pulls, *ends, color=look["color"], alpha=0.18, linewidth=0)
             head = (name, algorithm, curve.num_policies)
             rows += [(*head, *v) for v in zip(pulls, curve.value, *bounds, strict=True)]
-        axis.set_xscale("log")
+        _log_axis(axis)
         axis.set_title(_short(name))
     _outer_labels(axes, columns, "policy evaluations", _axis_label([tasks[n] for n in names]))
-    plots.draw_legend(figure, axes)
+    _legend(figure, axes)
     header = ["task", "algorithm", "policies", "evaluations", "score", "low", "high"]
     text = "bands: 95 % percentiles over resampled pools of policies (settings and seeds)"
     return figure, pd.DataFrame(rows, columns=header), text
@@ -453,7 +455,7 @@ def _panels(
     import matplotlib.pyplot as plt
 
     rows = math.ceil(count / columns)
-    width = style.column_width if column or (count == 1 and columns == 1) else style.text_width
+    width = style.column_width if column else style.text_width
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -464,6 +466,25 @@ def _panels(
     for axis in axes.flat[count:]:
         axis.set_visible(False)
     return figure, list(axes.flat[:count])
+
+
+def _columns(style: Style, count: int) -> int:
+    return 4 if style.text_width > 6 and count % 4 == 0 else min(3, count)
+
+
+def _legend(figure: Figure, axes: Sequence[Any]) -> None:
+    plots.draw_legend(figure, axes, int(figure.get_figwidth() / LEGEND_INCHES))
+
+
+def _log_axis(axis: Any) -> None:
+    """A logarithmic x-axis with plain numbers, also within a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _outer_labels(axes: Sequence[Any], columns: int, x: str, y: str) -> None:

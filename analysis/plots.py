@@ -157,9 +157,10 @@ def draw_curve(axis: Any, curve: Curve, scale: float, style: dict[str, Any], lab
         for points in curve.seeds.values():
             shown = [(step, scale * value) for step, value in points if step in curve.steps]
             axis.plot(*zip(*shown, strict=True), color=style["color"], linewidth=0.6, alpha=0.5)
-    few = {"marker": "o", "markersize": 3.5} if len(curve.steps) <= 10 else {}
+    few = {"marker": "o"} if len(curve.steps) <= 10 else {}
     mean = scale * np.array(curve.mean)
-    axis.plot(curve.steps, mean, label=label, **{"linewidth": 1.5, **style}, **few)
+    usual = {"linewidth": 1.5, "markersize": 3.5}
+    axis.plot(curve.steps, mean, label=label, **{**usual, **style, **few})
 
 
 def step_label(value: float, position: int = 0) -> str:
@@ -170,13 +171,17 @@ def step_label(value: float, position: int = 0) -> str:
     return f"{value:g}"
 
 
-def draw_legend(figure: Figure, axes: Iterable[Any]) -> None:
+def draw_legend(figure: Figure, axes: Iterable[Any], columns: int = 4) -> None:
+    """One legend above all axes, each label once."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     figure.legend(
-        list(found.values()), list(found), loc="outside upper center", ncols=min(4, len(found))
+        list(found.values()),
+        list(found),
+        loc="outside upper center",
+        ncols=min(columns, len(found)),
     )
 
 
