@@ -228,7 +228,7 @@ def _learning_curves(m: _Material) -> Drawn | None:
                 rows.append((task.name, method, len(curve.seeds), _unit(task), *values))
         axis.set_title(_short(task.name))
         axis.set_xlim(left=0)
-        axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True))
         axis.xaxis.set_major_formatter(FuncFormatter(plots.step_label))
     _outer_labels(axes, columns, "gradient steps", _axis_label(tasks))
     _legend(figure, axes)
@@ -379,7 +379,9 @@ def _score_latency(m: _Material) -> Drawn | None:
         for point in points:
             if (point.task, point.condition) == (task.name, condition):
                 scale = 100.0 if task.normalized else 1.0
-                plots.draw_point(axis, point, scale, m.look(point.method)["color"], "o")
+                look = m.look(point.method)
+                marker = "o" if look["linestyle"] == "-" else "s"
+                plots.draw_point(axis, point, scale, look["color"], marker)
         _log_axis(axis)
         axis.set_title(_short(task.name))
     _outer_labels(axes, columns, "ms per action", _axis_label(tasks))
