@@ -160,12 +160,10 @@ class DiffusionQL(nn.Module):
         if self.config.max_q_backup:
             next_obs = batch.next_obs.unsqueeze(1)  # [K, C, B, O]
             next_obs = next_obs.expand(-1, self.config.backup_actions, -1, -1)
-            next_action = self.diffusion.sample(self.ema_actor, next_obs, self.low, self.high, rng)
+            next_action = self.draw(self.ema_actor, next_obs, rng)
             next_v = max_q_backup(self.target_critic(next_obs, next_action))
         else:
-            next_action = self.diffusion.sample(
-                self.ema_actor, batch.next_obs, self.low, self.high, rng
-            )
+            next_action = self.draw(self.ema_actor, batch.next_obs, rng)
             next_v = self.target_critic(batch.next_obs, next_action).amin(dim=1)
         return td_target(batch.reward, batch.terminated, next_v, self.config.discount)
 
@@ -193,7 +191,7 @@ class DiffusionQL(nn.Module):
 
         A coin per step and seed picks the critic.
         """
-        action = self.diffusion.sample(actor, batch.obs, self.low, self.high, rng)
+        action = self.draw(actor, batch.obs, rng)
         q = self.critic(batch.obs, action)  # [K, 2, B]
         heads = rng.uniform() < 0.5  # [K]
         if self.config.q_normalizer == "other_critic":
@@ -201,6 +199,10 @@ class DiffusionQL(nn.Module):
         else:
             scale = self.critic(batch.obs, batch.action).abs().mean(dim=-1)
         return normalized_q_loss(q, scale, heads)
+
+    def draw(self, actor: Denoiser, obs: Tensor, rng: Rng) -> Tensor:
+        """One action per observation by the whole chain: [K, *rows, O] -> [K, *rows, A]."""
+        return self.diffusion.sample(actor, obs, self.low, self.high, rng)
 
     def lr_scale(self, step: Tensor) -> Tensor | None:
         if self.config.lr_decay == "off":
@@ -213,9 +215,9 @@ class DiffusionQL(nn.Module):
     def act(self, obs: Tensor, rng: Rng) -> Tensor:
         """One action per observation from the raw (not EMA) actor: [K, N, O] -> [K, N, A]."""
         if self.config.bc_only or self.config.candidate_choice == "none":
-            return self.diffusion.sample(self.actor, obs, self.low, self.high, rng)
+            return self.draw(self.actor, obs, rng)
         repeated = obs.unsqueeze(2).expand(-1, -1, self.config.num_candidates, -1)  # [K, N, C, O]
-        candidates = self.diffusion.sample(self.actor, repeated, self.low, self.high, rng)
+        candidates = self.draw(self.actor, repeated, rng)
         score = self.target_critic(repeated, candidates).amin(dim=1)  # [K, N, C]
         if self.config.candidate_choice == "softmax":  # Gumbel-max: a sample of softmax(score)
             score = score - torch.log(-torch.log(rng.uniform(*score.shape[1:])))

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from analysis import stats
+from analysis.comparison import ALPHA, Comparison, compare
 from analysis.load import Cell, MissingScoresError, Scores, Task, load_scores, parse_select
+from results.importing import SOURCE
 
 if TYPE_CHECKING:
     from results.store import Store
 
 FORMATS = ("rich", "markdown", "csv", "latex", "json")
 REPS = 10_000
+RANK_REPS = 2_000  # all methods are ranked anew in each
 OnMissing = Literal["show", "drop-task", "refuse"]
 
 
@@ -49,6 +52,8 @@ class Leaderboard:
         caption: how the numbers came about, in sentences.
         notes: what is missing, left out or kept apart, in sentences.
         seed: of the bootstrap.
+        comparison: ranks and pairs of the aggregated methods with enough seeds; None if there
+            are fewer than two.
     """
 
     rows: tuple[MethodRow, ...]
@@ -59,6 +64,7 @@ class Leaderboard:
     seed: int
     reps: int = REPS
     title: str = "Leaderboard"
+    comparison: Comparison | None = None
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -147,15 +153,33 @@ def build(
         key=lambda row: (-row.estimates["IQM"].value if row.estimates else float("inf"), row.method)
     )
     notes += _row_notes(rows)
+    comparison = _compare(scores, rows, tasks, seed)
     return Leaderboard(
         rows=tuple(rows),
         aggregated=tuple(tasks),
         scores=scores,
-        caption=tuple(_caption(store, ids, scores, tasks, reps)),
+        caption=tuple(_caption(store, ids, scores, tasks, reps, comparison is not None)),
         notes=tuple(notes),
         seed=seed,
         reps=reps,
+        comparison=comparison,
     )
+
+
+def _compare(
+    scores: Scores, rows: list[MethodRow], tasks: list[Task], seed: int
+) -> Comparison | None:
+    """Of the methods that are complete and have enough seeds everywhere."""
+    ranked = [
+        row.method
+        for row in rows
+        if row.estimates and row.seeds and row.seeds[0] >= stats.MIN_SEEDS
+    ]
+    if len(ranked) < 2:
+        return None
+    names = [task.name for task in tasks]
+    table = {m: dict(zip(names, scores.matrix(m, tasks), strict=True)) for m in ranked}
+    return compare(table, reps=RANK_REPS, seed=seed)
 
 
 def _row(scores: Scores, method: str, tasks: list[Task], reps: int, seed: int) -> MethodRow:
@@ -195,7 +219,12 @@ def _row_notes(rows: list[MethodRow]) -> list[str]:
 
 
 def _caption(
-    store: Store, ids: list[str] | None, scores: Scores, tasks: list[Task], reps: int
+    store: Store,
+    ids: list[str] | None,
+    scores: Scores,
+    tasks: list[Task],
+    reps: int,
+    ranked: bool,
 ) -> list[str]:
     kind, count = parse_select(scores.select)
     several = f"mean of the {count} last evaluations"
@@ -212,8 +241,14 @@ def _caption(
         *_protocols(store, ids, scores),
         f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'} with 95 % percentile "
         f"intervals of a stratified bootstrap over seeds ({reps:,} resamples)",
-        "Cells: mean ± sample standard deviation over seeds (number of seeds)",
     ]
+    if ranked:
+        lines.append(
+            "Rank: by IQM, among methods with enough seeds, with its 95 % interval over resamples; "
+            "methods that share a letter do not differ significantly (probability of improvement, "
+            f"exact permutation tests within tasks, Holm at {100 * ALPHA:g} %)"
+        )
+    lines.append("Cells: mean ± sample standard deviation over seeds (number of seeds)")
     sources = sorted({task.ref_source or "unnamed" for task in tasks})
     if sources:
         lines.append(f"Reference returns: {'; '.join(sources)}")
@@ -238,8 +273,10 @@ def _protocols(store: Store, ids: list[str] | None, scores: Scores) -> list[str]
     evaluations = trials[trials.variant_id.isin(variants)].evaluation
     found = sorted(
         {
-            f"{one.get('episodes', '?')} episodes every {one.get('every', '?')} gradient steps, "
-            f"environment seeds from {one.get('first_env_seed', 0)}"
+            "of imported runs, as their sources did"
+            if one.get("source") == SOURCE
+            else f"{one.get('episodes', '?')} episodes every {one.get('every', '?')} gradient "
+            f"steps, environment seeds from {one.get('first_env_seed', 0)}"
             for one in evaluations
         }
     )

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import plots, stats, tuning
-from analysis.comparison import Comparison, compare
 from analysis.curves import REPS as CURVE_REPS
 from analysis.curves import mean_curves
 from analysis.leaderboard import Leaderboard, build
@@ -63,7 +62,6 @@ class _Material:
     style: Style
     board: Leaderboard
     evaluations: pd.DataFrame
-    comparison: Comparison | None
     latencies: pd.DataFrame
     policies: dict[tuple[str, str], list[list[float]]]
     seed: int
@@ -139,23 +137,11 @@ def _gather(
     store: Store, track: Track, style: Style, ids: list[str], select: str, seed: int
 ) -> _Material:
     board = build(store, ids, select, seed)
-    scores = board.scores
-    table = {
-        row.method: {
-            task.name: values
-            for task, values in zip(
-                board.aggregated, scores.matrix(row.method, board.aggregated), strict=True
-            )
-        }
-        for row in board.rows
-        if row.estimates
-    }
     return _Material(
         track=track,
         style=style,
         board=board,
         evaluations=evaluation_frame(store, ids),
-        comparison=compare(table, seed=seed) if len(table) > 1 else None,
         latencies=latency_frame(store, ids),
         policies=tuning.policies(store, ids),
         seed=seed,
@@ -300,11 +286,12 @@ def _profiles(m: _Material) -> Drawn | None:
 def _improvement(m: _Material) -> Drawn | None:
     import pandas as pd
 
-    if m.comparison is None:
+    comparison = m.board.comparison
+    if comparison is None:
         return None
-    pairs = list(m.comparison.pairs)
+    pairs = list(comparison.pairs)
     if len(pairs) > MAX_PAIRS:
-        pairs = [pair for pair in pairs if pair.x == m.comparison.ranks[0].method]
+        pairs = [pair for pair in pairs if pair.x == comparison.ranks[0].method]
     figure, (axis,) = _panels(m.style, 1, 1, 0.19 * len(pairs) + 0.45, column=True)
     for place, pair in enumerate(reversed(pairs)):
         found, colour = pair.probability, m.look(pair.x)["color"]
@@ -318,7 +305,7 @@ def _improvement(m: _Material) -> Drawn | None:
     axis.tick_params(axis="y", length=0)
     axis.grid(visible=False, axis="y")
     rows = [(p.x, p.y, *vars(p.probability).values(), p.p_value, p.adjusted)
-            for p in m.comparison.pairs]  # fmt: skip
+            for p in comparison.pairs]  # fmt: skip
     names = ["x", "y", "probability", "low", "high", "p_value", "p_value_holm"]
     text = "95 % percentile bootstrap over seeds; p-values: stratified permutation test, Holm"
     return figure, pd.DataFrame(rows, columns=names), text

@@ -17,6 +17,7 @@ import numpy as np
 from analysis import stats
 
 if TYPE_CHECKING:
+    from analysis.comparison import Rank
     from analysis.leaderboard import Leaderboard, MethodRow
     from analysis.load import Task
 
@@ -25,13 +26,15 @@ CSV_COLUMNS = ("kind", "method", "task", "metric", "seed", "value", "low", "high
 
 
 def aggregate_rows(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the aggregate table, as text."""
+    """Header and rows of the aggregate table, as text; with ranks where methods are compared."""
+    ranks = {} if board.comparison is None else {r.method: r for r in board.comparison.ranks}
     rows = []
     for row in board.rows:
         shown = [_estimate(row.estimates[name]) if row.estimates else "–" for name in stats.METRICS]
         tasks = f"{row.num_tasks}/{len(board.aggregated)}"
-        rows.append([row.method, _seeds(row), tasks, *shown])
-    return ["Method", "Seeds", "Tasks", *stats.METRICS], rows
+        rank = [_rank(ranks.get(row.method))] if ranks else []
+        rows.append([row.method, *rank, _seeds(row), tasks, *shown])
+    return ["Method", *(["Rank"] if ranks else []), "Seeds", "Tasks", *stats.METRICS], rows
 
 
 def cell_rows(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
@@ -117,6 +120,10 @@ def csv(board: Leaderboard) -> str:
             }
             head = {"kind": "aggregate", "method": row.method, "metric": name}
             writer.writerow({**head, "value": repr(value.value), **bounds, "unit": "score", **rule})
+    for rank in board.comparison.ranks if board.comparison else ():
+        values = {"value": rank.rank, "low": rank.low, "high": rank.high, "note": rank.group}
+        head = {"kind": "aggregate", "method": rank.method, "metric": "Rank", "unit": "rank"}
+        writer.writerow({**head, **values})
     for row in board.rows:
         for task in board.tasks:
             cell = board.cell(row.method, task)
@@ -170,6 +177,17 @@ def json(board: Leaderboard) -> str:
             }
             for row in board.rows
         ],
+        "comparison": None
+        if board.comparison is None
+        else {
+            "metric": board.comparison.metric,
+            "alpha": board.comparison.alpha,
+            "ranks": [vars(rank) for rank in board.comparison.ranks],
+            "pairs": [
+                {**vars(pair), "probability": vars(pair.probability)}
+                for pair in board.comparison.pairs
+            ],
+        },
         "cells": [
             {
                 "method": row.method,
@@ -205,6 +223,13 @@ def _estimate(estimate: stats.Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return value
     return f"{value} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+
+
+def _rank(rank: Rank | None) -> str:
+    """Rank, interval and tie group: "1 [1, 2] ab"."""
+    if rank is None or rank.low is None or rank.high is None:
+        return "–"
+    return f"{rank.rank:g} [{rank.low:g}, {rank.high:g}] {rank.group}"
 
 
 def _seeds(row: MethodRow) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from results.importing import SOURCE
 from results.schema import canonical_json
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def suite_of(dataset_id: str) -> str:
 
 def tier_of(trial: Any) -> str:
     """Whose number it is: ours (trained here) or imported."""
-    return "ours"
+    return SOURCE if trial.evaluation.get("source") == SOURCE else "ours"
 
 
 def protocol_text(evaluation: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ import numpy as np
 from analysis.load import Cell, Scores, Task, load_scores, missing_text
 from analysis.stats import MIN_SEEDS, t_quantile
 from analysis.tables import markdown_table
+from results.importing import SOURCE
 from results.published import PublishedScore, published_scores
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def obstacles(
         trial: a row of `Store.trials`.
     """
     why, remarks = [], []
-    config, imported = trial["config"], trial["config"].get("source") == "imported"
+    config, imported = trial["config"], trial["config"].get("source") == SOURCE
     name = task.dataset_id.removeprefix("d4rl-original/")
     if published.metric != METRIC:
         why.append(f"the table prints {published.metric}")

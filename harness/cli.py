@@ -191,6 +191,100 @@ def _sweep(
         raise typer.Exit(SOME_FAILED)
 
 
+@app.command()
+def work(
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
+    shard: Annotated[
+        str, typer.Option(help="INDEX/COUNT: the share of the trials to work on.")
+    ] = "0/1",
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """A share of a sweep in this process, without Ray; `harness sweep` then takes in the rows."""
+    from harness.display import Display
+    from harness.home import Home
+    from harness.spec import load_experiment
+    from harness.stopping import stop_on_signals
+    from harness.sweep import title
+    from harness.work import Shard
+    from harness.work import work as run
+    from results.store import Store
+
+    experiment = Shard.parse(shard).of(load_experiment(spec, overrides or []))
+    found = Home.find(home)
+    store = Store.open(found.database_url(db)) if found.has_database(db) else None
+    display = Display(console, len({trial.variant_id for trial in experiment.trials}))
+    with (
+        stop_on_signals(found.work / f"stop-{os.getpid()}") as stop_file,
+        display,
+    ):
+        done = run(
+            experiment,
+            found,
+            store,
+            lambda stack, progress: display.update(
+                stack.id, title(stack), len(stack.seeds), progress
+            ),
+            lambda stack, text: display.end(stack.id, f"{title(stack)}: {text}"),
+            stop_file,
+        )
+    console.print(
+        f"shard {shard}: {len(experiment.trials)} trials, {done.stacks} stacks run. "
+        "`harness sweep` with the same spec and home puts the rows into the database"
+    )
+    if done.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if done.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+@app.command()
+def slurm(
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
+    nodes: Annotated[int, typer.Option(help="Nodes of the Ray cluster.")] = 1,
+    array: Annotated[
+        int, typer.Option(help="Instead of a Ray cluster: so many independent jobs.")
+    ] = 0,
+    time: Annotated[str, typer.Option(help="Time limit, in Slurm's format.")] = "24:00:00",
+    cpus: Annotated[int, typer.Option(help="CPUs per node.")] = 8,
+    gpus: Annotated[int, typer.Option(help="GPUs per node.")] = 0,
+    mem: Annotated[str, typer.Option(help="Memory per node, such as 64G.")] = "",
+    partition: Annotated[str, typer.Option(help="Slurm partition.")] = "",
+    account: Annotated[str, typer.Option(help="Slurm account.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Script to write [<name>.sbatch].")] = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Write a batch script for Slurm: a Ray cluster in one job, or an array without Ray."""
+    from harness.home import Home
+    from harness.slurm import Resources, array_script, ray_script
+    from harness.spec import load_experiment
+
+    experiment = load_experiment(spec, overrides or [])
+    resources = Resources(nodes, time, cpus, gpus, mem, partition, account)
+    found = Home.find(home)
+    program = str(Path(sys.executable).parent / "harness")
+    rest = [str(spec.resolve()), *(overrides or []), "--home", str(found.root)]
+    rest += ["--db", db] if db else []
+    name = experiment.name
+    if array:
+        script = array_script(name, [program, "work", *rest], array, resources, found.root)
+    else:
+        script = ray_script(name, [program, "sweep", *rest], resources, found.root)
+    path = out or Path(f"{name}.sbatch")
+    path.write_text(script, encoding="utf-8")
+    console.print(f"{path}: submit with `sbatch {path}`", highlight=False, soft_wrap=True)
+    if array:
+        console.print(
+            "when it has ended, take the rows into the database and finish what is left: "
+            f"harness sweep {spec} --home {found.root}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def _print_plan_line(plan: dict[str, Any]) -> None:
     from harness.plan import duration
 
@@ -513,6 +607,30 @@ def _published_settings(algorithm: str, preset: str, names: Sequence[str]) -> di
     config = config_to_dict(config_from_dict(recipe.config, found.config, algorithm))
     data = config_to_dict(data_spec_class()(**found.data))
     return {**config, **{f"data.{name}": value for name, value in data.items()}}
+
+
+@app.command("import")
+def import_runs(
+    file: Annotated[Path, typer.Argument(help="What other code wrote.")],
+    file_format: Annotated[str, typer.Option("--format", help="corl, d3rlpy, unifloral or csv.")],
+    algorithm: Annotated[str | None, typer.Option(help="Where the file does not say it.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the file does not say it.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Where the file does not say it.")] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Gradient steps between evaluations (corl).")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Shown instead of the algorithm.")] = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Take in runs of other code, shown as imported; nothing in the file is executed."""
+    from results.importing import Told, import_file
+
+    _, store = _open(home, db)
+    with store:
+        runs = import_file(store, file, file_format, Told(algorithm, dataset, seed, every), label)
+    cells = len({(run.algorithm, run.dataset) for run in runs})
+    console.print(f"{len(runs)} imported runs of {cells} methods x datasets", highlight=False)
 
 
 @app.command()

@@ -85,6 +85,7 @@ class Evaluator:
         seeds: torch.Tensor,
         step: torch.Tensor,
         alive: Sequence[bool],
+        on_step: Callable[[], None] = lambda: None,
     ) -> tuple[list[list[Episode]], dict[int, str]]:
         """Episodes of each seed, and why a seed has none.
 
@@ -92,6 +93,7 @@ class Evaluator:
             seeds: training seeds, int64 [K], on the policy's device.
             step: gradient steps done, int64 [K]; the policy's noise depends on it.
             alive: which seeds to play; the others get an empty list.
+            on_step: called before every environment step; what it raises ends the evaluation.
 
         Returns:
             K lists in the order of episodes, and for seeds whose policy produced an action that
@@ -107,6 +109,7 @@ class Evaluator:
                     self._begin(slot, waiting[k].pop())
                     active[k].append(slot)
         while any(active):
+            on_step()
             actions = self._act(policy, seeds, step, active)
             for k, slots in enumerate(active):
                 if not np.isfinite(actions[k, : len(slots)]).all():

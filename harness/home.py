@@ -2,7 +2,7 @@
 
 results.db              the results database, unless a URL says otherwise
 artifacts/<stage_id>/   published stages, content-addressed
-work/<stage_id>/        spool.jsonl, checkpoints/<step>/, lock: a stage in progress
+work/<stage_id>/        spool.jsonl, checkpoints/<step>/, lock, stale: a stage in progress
 figures/                what `harness figures` draws
 """
 
@@ -62,6 +62,10 @@ class Home:
 
     def spool(self, stage_id: str) -> Path:
         return self.stage(stage_id) / "spool.jsonl"
+
+    def stale(self, stage_id: str) -> Path:
+        """Where a process that made no progress was; see `harness.watchdog`."""
+        return self.stage(stage_id) / "stale"
 
     def checkpoints(self, stage_id: str) -> Path:
         return self.stage(stage_id) / "checkpoints"

@@ -209,6 +209,8 @@ class RunOptions:
         max_failures: how often a crashed stack is retried within one sweep.
         max_concurrent: most stacks at once; 0 is as many as fit.
         max_envs: most environments stepped at once per seed; returns do not depend on it.
+        stale_after_s: a training without a gradient or environment step for so long is ended and
+            tried again; longer than the first step's compilation. 0 is never.
     """
 
     device: str = "auto"
@@ -221,6 +223,7 @@ class RunOptions:
     max_failures: int = 3
     max_concurrent: int = 0
     max_envs: int = 32
+    stale_after_s: float = 3600.0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -231,6 +234,7 @@ class RunOptions:
             ("max_concurrent", 0),
             ("max_envs", 1),
             ("gpus_per_stack", 0),
+            ("stale_after_s", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from harness import datasets, environments
+from harness import datasets, environments, watchdog
 from harness.artifacts import ArtifactStore
 from harness.display import Display
 from harness.home import Home
@@ -111,6 +111,8 @@ class Queue:
     def failed(self, job: Job, error: str) -> None:
         stack = self.running.pop(job.stack.id)
         self.completed_stacks += 1
+        stale = self.home.stale(stack.stages[0].id)
+        error = watchdog.report(stale, job.run.stale_after_s) or error
         reason = error.strip().splitlines()[-1] if error.strip() else "unknown"
         for stage in stack.stages:
             self.failed_stages[stage.id] = reason
@@ -222,8 +224,8 @@ def run_sweep(
                 def on_interrupt(display: Display = display) -> None:
                     stop_file.touch()
                     display.line(
-                        "[yellow]stopping[/yellow]: each stack finishes its chunk and writes a "
-                        "checkpoint. Ctrl-C again stops now (back to the last checkpoint)"
+                        "[yellow]stopping[/yellow]: each stack writes a checkpoint where it is. "
+                        "Ctrl-C again stops now (back to the last checkpoint)"
                     )
 
                 run_queue(queue, on_interrupt)

@@ -7,7 +7,7 @@ does not know files, databases, environments or Ray: `harness.worker` does the r
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ from algorithms.blocks.rng import Rng, Stream
 from harness.provenance import compiler
 
 STEP_KEY = "trainer.step"
+OPEN_KEY = "trainer.open"
+"""Prefix of what an unfinished chunk has added up: <prefix>/<phase, if there are any>/<metric>."""
+STOP_CHECK_S = 1.0
 AUTO_COMPILE_STEPS = {"cpu": 10_000, "cuda": 2_000}
 """From how many steps on compiling pays for itself when `compile: auto`.
 
@@ -123,6 +126,7 @@ class Trainer:
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self.step = torch.zeros(len(seeds), dtype=torch.int64, device=device)
         self._steps_done = 0
+        self._sums: dict[tuple[int, ...], _Sums] = {}  # of the open chunk, by phase
         self._called: set[tuple[int, ...]] = set()  # phases whose step was called
         self._step_function = (
             torch.compile(self._one_step, fullgraph=True, dynamic=False)
@@ -142,9 +146,13 @@ class Trainer:
         self.step.add_(1)
         return tuple(metrics), torch.stack(list(metrics.values()))  # [M, K]
 
-    def advance(self, num_steps: int) -> Chunk:
-        """Does `num_steps` gradient steps and reads the metrics once.
+    def advance(self, num_steps: int, stop: Callable[[], bool] | None = None) -> Chunk | None:
+        """Does `num_steps` gradient steps, which end a chunk, and reads the metrics once.
 
+        Args:
+            stop: asked about once a second; when it says True, the chunk stays open at the step
+                reached, and None is returned. States taken then hold what it has added up, so
+                that the chunk that ends later is the one that would have been.
         Raises:
             ValueError: if a metric does not have shape [K].
         """
@@ -152,21 +160,27 @@ class Trainer:
             raise ValueError(f"num_steps is {num_steps}; expected at least 1")
         started = time.perf_counter()
         first_calls, first_call_seconds = 0, 0.0
-        sums: dict[tuple[int, ...], _Sums] = {}
+        sums, asked = self._sums, started
         with torch.no_grad():
             for step in range(self._steps_done, self._steps_done + num_steps):
+                if stop is not None and time.perf_counter() - asked > STOP_CHECK_S:
+                    asked = time.perf_counter()
+                    if stop():
+                        return None
                 phase = phase_of(self.learner, step)
                 called = time.perf_counter()
                 names, values = self._step_function(phase)
-                if phase not in sums:
+                self._steps_done += 1
+                if phase not in self._called:
                     self._check_shape(names, values)
-                    sums[phase] = _Sums.of(names, values)
-                    if phase not in self._called and self.compiled:
+                    if self.compiled:
                         first_calls += 1
                         first_call_seconds += time.perf_counter() - called
                     self._called.add(phase)
-                sums[phase].add(values, self.step)
-        self._steps_done += num_steps
+                if phase not in sums:
+                    sums[phase] = _Sums.of(names, values)
+                sums[phase].add(names, values, self.step)
+        self._sums = {}
         rows = tuple(name for each in sums.values() for name in each.names)
         means = torch.cat([each.total / each.count for each in sums.values()]).cpu()
         bad = torch.cat([each.first_bad for each in sums.values()]).cpu()
@@ -202,6 +216,11 @@ class Trainer:
             for name, tensor in self.learner.state_dict().items()
         }
         state[STEP_KEY] = self.step[index : index + 1].to("cpu", copy=True)
+        for phase, sums in self._sums.items():
+            state |= {
+                f"{OPEN_KEY}/{','.join(map(str, phase))}/{name}": values
+                for name, values in sums.of_seed(index).items()
+            }
         return state
 
     def load_seed_states(self, states: Sequence[Mapping[str, Tensor]]) -> None:
@@ -214,10 +233,11 @@ class Trainer:
             raise ValueError(f"{len(states)} states for a stack of {len(self.seeds)} seeds")
         expected = set(self.learner.state_dict()) | {STEP_KEY}
         for state in states:
-            if set(state) != expected:
+            found = {name for name in state if not name.startswith(OPEN_KEY)}
+            if found != expected:
                 raise ValueError(
                     "checkpoint does not fit the learner: missing "
-                    f"{sorted(expected - set(state))}, unknown {sorted(set(state) - expected)}. "
+                    f"{sorted(expected - found)}, unknown {sorted(found - expected)}. "
                     "It was written by another version of the algorithm: delete the run's work "
                     "folder to start anew"
                 )
@@ -227,11 +247,12 @@ class Trainer:
         self.learner.load_state_dict(stack_states(states))
         self.step.copy_(step)
         self._steps_done = int(step[0])
+        self._sums = _open_sums(states, self.device)
 
 
 def stack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One state led by K from K states led by 1, without the trainer's own entries."""
-    names = [name for name in states[0] if name != STEP_KEY]
+    names = [name for name in states[0] if name != STEP_KEY and not name.startswith(OPEN_KEY)]
     return {name: torch.cat([state[name] for state in states]) for name in names}
 
 
@@ -249,11 +270,39 @@ class _Sums:
         zeros = torch.zeros_like(values, dtype=torch.float64)
         return cls(names, zeros, torch.full_like(values, -1, dtype=torch.int64))
 
-    def add(self, values: Tensor, step: Tensor) -> None:
+    def add(self, names: tuple[str, ...], values: Tensor, step: Tensor) -> None:
+        if names != self.names:  # read from a checkpoint, which keeps no order
+            order = [self.names.index(name) for name in names]
+            self.names, self.total = names, self.total[order]
+            self.first_bad = self.first_bad[order]
         self.total += values
         newly_bad = ~torch.isfinite(values) & (self.first_bad < 0)
         self.first_bad = torch.where(newly_bad, step, self.first_bad)
         self.count += 1
+
+    def of_seed(self, index: int) -> dict[str, Tensor]:
+        """One seed's sums by metric, each [1, 3]: total, first step not finite, count."""
+        count = torch.full_like(self.total[:, index], self.count)
+        values = torch.stack((self.total[:, index], self.first_bad[:, index].double(), count), 1)
+        return {name: row.unsqueeze(0) for name, row in zip(self.names, values.cpu(), strict=True)}
+
+
+def _open_sums(
+    states: Sequence[Mapping[str, Tensor]], device: torch.device
+) -> dict[tuple[int, ...], _Sums]:
+    """The open chunk that states were taken in, by phase; empty between chunks."""
+    found: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    for key in states[0]:
+        if key.startswith(OPEN_KEY):
+            numbers, name = key.removeprefix(OPEN_KEY + "/").split("/", 1)
+            values = torch.cat([state[key] for state in states]).to(device)  # [K, 3]
+            at = tuple(int(number) for number in numbers.split(",") if number)
+            found.setdefault(at, {})[name] = values
+    sums = {}
+    for phase, metrics in found.items():
+        total, first_bad, count = torch.stack(list(metrics.values())).unbind(dim=-1)  # [M, K]
+        sums[phase] = _Sums(tuple(metrics), total, first_bad.long(), int(count[0, 0]))
+    return sums
 
 
 def _mean_by_name(rows: tuple[str, ...], means: Tensor, weights: Tensor) -> dict[str, list[float]]:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -35,6 +34,7 @@ from ray.tune.search import Searcher
 
 from harness.datasets import DatasetError
 from harness.spec import RunOptions
+from harness.stopping import interruptible
 from harness.worker import Job, Progress, run_stack
 
 REPORT_EVERY_S = 0.5
@@ -224,32 +224,10 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
         ),
     )
     try:
-        with _interruptible(on_interrupt), _quiet_logs():
+        with interruptible(on_interrupt), _quiet_logs():
             tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
-    """First SIGINT (or SIGTERM): `on_interrupt`; the next one: KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        on_interrupt()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -41,12 +41,14 @@ from harness.registry import Registry
 from harness.spec import EvaluationSpec, RunOptions
 from harness.spool import Spool, read
 from harness.trainer import (
+    STOP_CHECK_S,
     Divergence,
     Trainer,
     resolve_compile,
     resolve_device,
     stack_states,
 )
+from harness.watchdog import Watchdog
 from results.records import EvalRecord, MetricRecord, RunRecord
 
 KEPT_CHECKPOINTS = 2
@@ -81,6 +83,10 @@ class StackBusyError(RuntimeError):
     """Another process is training one of these seeds."""
 
 
+class _Stopped(Exception):
+    """The user asked the sweep to stop while an evaluation was going on."""
+
+
 def run_id(trial_id: str, attempt: int) -> str:
     """The identity of an attempt."""
     return f"{trial_id[:32]}-{attempt}"
@@ -107,14 +113,17 @@ def run_stack(
     with ExitStack() as locks:
         for stage in job.stack.stages:
             locks.enter_context(_locked(job.home.stage(stage.id)))
-        recipe = registry.get(job.stack.stages[0].algorithm)
-        declared = _declared_stage(recipe, job.stack.stages[0])
+        first = job.stack.stages[0]
+        recipe = registry.get(first.algorithm)
+        declared = _declared_stage(recipe, first)
         if isinstance(declared, Make):
             return _run_make(job, declared, report)
+        watchdog = Watchdog(job.home.stale(first.id), job.run.stale_after_s)
+        locks.enter_context(watchdog)
         outcomes = []
         for stages, resume_step, trained in _parts(job):
             part = replace(job, stack=replace(job.stack, stages=stages, resume_step=resume_step))
-            outcomes.append(_TrainingRun(part, declared, report, trained).run())
+            outcomes.append(_TrainingRun(part, declared, report, trained, watchdog).run())
             if outcomes[-1] == "interrupted":
                 return "interrupted"
     return "diverged" if outcomes and set(outcomes) == {"diverged"} else "done"
@@ -325,9 +334,15 @@ class _TrainingRun:
     """The training of one stack, boundary by boundary."""
 
     def __init__(
-        self, job: Job, declared: Train, report: Callable[[Progress], None], trained: bool
+        self,
+        job: Job,
+        declared: Train,
+        report: Callable[[Progress], None],
+        trained: bool,
+        watchdog: Watchdog,
     ) -> None:
-        self.job, self.declared, self.report = job, declared, report
+        self.job, self.declared, self._tell = job, declared, report
+        self.watchdog, self._asked = watchdog, 0.0
         self.stages = job.stack.stages
         self.spools = [Spool(job.home.spool(stage.id)) for stage in self.stages]
         self.alive = [True] * len(self.stages)
@@ -344,6 +359,10 @@ class _TrainingRun:
         compiled, self.notice = resolve_compile(job.run.compile, self.device, declared.steps)
         self.compiled = compiled and not self.trained
         self.runs = self._begin_runs()
+
+    def report(self, progress: Progress) -> None:
+        self.watchdog.feed()
+        self._tell(progress)
 
     # ---------------------------------------------------------------- rows
 
@@ -446,6 +465,8 @@ class _TrainingRun:
                     self._evaluate(trainer, evaluation)
                 return self._finish(trainer)
             return self._train(trainer, evaluations)
+        except _Stopped:
+            return self._interrupted(trainer)
         finally:
             for evaluation in evaluations:
                 evaluation.close()
@@ -477,13 +498,16 @@ class _TrainingRun:
         refresh_every = getattr(trainer.learner, "refresh_every", 0)
         intervals = [run.log_every, run.checkpoint_every, refresh_every]
         intervals += [evaluation.every for evaluation in evaluations]
+        self._evaluate_at(trainer, evaluations, 0.0, missing_only=True)
         if self.compiled:
             self.report(Progress(trainer.steps_done, steps, 0.0, phase="compile"))
         while trainer.steps_done < steps and any(self.alive):
             if refresh_every and trainer.steps_done % refresh_every == 0:
                 trainer.refresh()
             target = _next_boundary(trainer.steps_done, steps, intervals)
-            chunk = trainer.advance(target - trainer.steps_done)
+            chunk = trainer.advance(target - trainer.steps_done, self._stopping)
+            if chunk is None:
+                return self._interrupted(trainer)
             self.timings["compile"] += chunk.first_call_seconds
             self.timings["train"] += chunk.seconds - chunk.first_call_seconds
             self._mark_diverged(chunk.diverged)
@@ -492,20 +516,60 @@ class _TrainingRun:
                     self._spool_metrics(index, target, chunk.metrics)
             rate = chunk.steps_per_second
             self.report(self._progress(trainer, rate, "train"))
-            for evaluation in evaluations:
-                if target == steps or (evaluation.every and target % evaluation.every == 0):
-                    self.report(self._progress(trainer, rate, "evaluate"))
-                    self._evaluate(trainer, evaluation)
-            stopping = _should_stop(self.job)
-            if target < steps and (stopping or target % run.checkpoint_every == 0):
+            self._evaluate_at(trainer, evaluations, rate)
+            if target < steps and target % run.checkpoint_every == 0:
                 self._checkpoint(trainer)
-            if target < steps and stopping:
-                for index, alive in enumerate(self.alive):
-                    if alive:
-                        self._set_status(index, "interrupted", target, None)
-                self.report(self._progress(trainer, 0.0, "interrupted"))
-                return "interrupted"
+            if target < steps and _should_stop(self.job):
+                return self._interrupted(trainer)
         return self._finish(trainer)
+
+    def _stopping(self) -> bool:
+        """Whether the user asked the sweep to stop; asked while a chunk goes on."""
+        self.watchdog.feed()
+        return _should_stop(self.job)
+
+    def _interrupted(self, trainer: Trainer) -> str:
+        """Keeps what is done, also within a chunk or before an evaluation that is due."""
+        if not self.trained:
+            self._checkpoint(trainer)
+        for index, alive in enumerate(self.alive):
+            if alive:
+                self._set_status(index, "interrupted", trainer.steps_done, None)
+        self.report(self._progress(trainer, 0.0, "interrupted"))
+        return "interrupted"
+
+    def _evaluate_at(
+        self,
+        trainer: Trainer,
+        evaluations: list[_Evaluation],
+        rate: float,
+        missing_only: bool = False,
+    ) -> None:
+        """The evaluations that are due at this step.
+
+        Args:
+            missing_only: those that were given up when the sweep was stopped.
+        """
+        step, last = trainer.steps_done, self.declared.steps
+        for evaluation in evaluations:
+            due = step == last or (evaluation.every and step and step % evaluation.every == 0)
+            if due and not (missing_only and self._was_evaluated(evaluation, step)):
+                self.report(self._progress(trainer, rate, "evaluate"))
+                self._evaluate(trainer, evaluation)
+
+    def _was_evaluated(self, evaluation: _Evaluation, step: int) -> bool:
+        """Whether a run of the protocol has episodes at a step (they are written together)."""
+        asked = {
+            runs[trial.id].run_id
+            for stage, runs in zip(self.stages, self.runs, strict=True)
+            for trial in stage.trials
+            if trial.evaluation == evaluation.protocol
+        }
+        return any(
+            isinstance(record, EvalRecord) and record.step == step and record.run_id in asked
+            for stage in self.stages
+            for record in read(self.job.home.spool(stage.id))
+        )
 
     def _progress(self, trainer: Trainer, rate: float, phase: str) -> Progress:
         return Progress(
@@ -527,6 +591,7 @@ class _TrainingRun:
             trainer.seeds,
             trainer.step,
             self.alive,
+            self._on_environment_step,
         )
         self._mark_diverged(
             {index: Divergence(trainer.steps_done, reason) for index, reason in failed.items()}
@@ -551,6 +616,13 @@ class _TrainingRun:
             returns += [episode.episode_return for episode in played]
         self.last_return = sum(returns) / len(returns) if returns else None
         self.timings["evaluate"] += time.perf_counter() - started
+
+    def _on_environment_step(self) -> None:
+        now = time.perf_counter()
+        if now - self._asked > STOP_CHECK_S:
+            self._asked = now
+            if self._stopping():
+                raise _Stopped
 
     def _checkpoint(self, trainer: Trainer) -> None:
         """Publishes one checkpoint per living seed, then forgets all but the last two."""

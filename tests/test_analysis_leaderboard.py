@@ -244,6 +244,37 @@ def test_few_seeds_have_no_interval_and_the_leaderboard_says_so(store):
     assert any("No interval, for want of 3 seeds" in note for note in board.notes)
 
 
+def test_methods_with_enough_seeds_have_ranks_and_tie_groups(store):
+    fill(store, [A, B])
+    for label, mean in (("top", 80), ("twin", 80), ("low", 10)):
+        for data in (A, B):
+            for seed in range(5):
+                fill(store, trial(label, data, seed, returns={10: [mean + seed, mean - seed]}))
+    for data in (A, B):
+        fill(store, complete("few", data, seeds=range(2)))
+    built = leaderboard.build(store)
+    ranks = {rank.method: rank for rank in built.comparison.ranks}
+    assert set(ranks) == {"top", "twin", "low"}
+    assert (ranks["top"].rank, ranks["twin"].rank, ranks["low"].rank) == (1.5, 1.5, 3)
+    assert (ranks["low"].low, ranks["low"].high) == (3, 3)
+    assert [ranks[m].group for m in ("top", "twin", "low")] == ["a", "a", "b"]
+    text = built.render("markdown")
+    assert "| low | 3 \\[3, 3\\] b |" in text
+    assert "| few | – |" in text
+    assert "share a letter" in text
+    assert "low,,Rank,,3.0,3.0,3.0,rank,b" in built.render("csv")
+    content = json.loads(built.render("json"))["comparison"]
+    assert len(content["pairs"]) == 3
+    assert content["ranks"][2]["group"] == "b"
+
+
+def test_one_method_has_no_rank(store):
+    fill(store, [A], complete("m", A))
+    built = leaderboard.build(store)
+    assert built.comparison is None
+    assert "Rank" not in built.render("markdown")
+
+
 def test_equal_databases_give_equal_bytes(store, tmp_path):
     curve = {step: [step, step + 5] for step in (10, 20, 30)}
     fill(store, [A, B], complete("m", A, returns=curve), complete("m", B, returns=curve))

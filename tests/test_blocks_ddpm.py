@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from algorithms.blocks.ddpm import Diffusion, NoiseNet, cosine_betas, linear_betas, vp_betas
+from algorithms.blocks.ddpm import (
+    Diffusion,
+    NoiseNet,
+    cosine_betas,
+    linear_betas,
+    scaled_linear_betas,
+    vp_betas,
+)
 from algorithms.blocks.rng import Rng, Stream
 
 # Diffusion-QL's VP schedule for five steps, computed from the formula by hand.
@@ -44,6 +51,15 @@ def test_vp_ends_at_the_same_noise_whatever_the_length(denoise_steps):
 def test_linear_schedule_spans_its_ends():
     betas = linear_betas(1000)
     assert (betas[0].item(), betas[-1].item()) == pytest.approx((1e-4, 2e-2))
+
+
+def test_scaled_linear_schedule_has_about_the_same_total_noise_at_any_length():
+    assert torch.equal(scaled_linear_betas(1000), linear_betas(1000))
+    betas = scaled_linear_betas(100)
+    assert (betas[0].item(), betas[-1].item()) == pytest.approx((1e-3, 0.2))
+    assert betas.sum().item() == pytest.approx(linear_betas(1000).sum().item())
+    with pytest.raises(ValueError, match="linear_scaled needs more than 20"):
+        scaled_linear_betas(20)
 
 
 def test_cosine_schedule_follows_the_papers_grid():
@@ -179,7 +195,9 @@ def test_published_network_has_the_published_size():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="unknown schedule 'sine'; known: vp, linear, cosine"):
+    with pytest.raises(
+        ValueError, match="unknown schedule 'sine'; known: vp, linear, linear_scaled, cosine"
+    ):
         Diffusion("sine", 5)
     with pytest.raises(ValueError, match="denoise_steps is 0"):
         Diffusion("vp", 0)

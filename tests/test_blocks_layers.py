@@ -169,19 +169,15 @@ def test_dropout_keeps_the_mean_and_needs_an_rng():
 
 def test_sinusoidal_embedding_matches_its_formula_in_both_orders():
     t = torch.tensor([0, 1, 4])
-    frequencies = [math.exp(-k * math.log(10000) / 7) for k in range(8)]
-    for i, value in enumerate(t.tolist()):
-        sines = [math.sin(value * f) for f in frequencies]
-        cosines = [math.cos(value * f) for f in frequencies]
-        torch.testing.assert_close(
-            sinusoidal_embedding(t, 16)[i], torch.tensor(sines + cosines), atol=1e-6, rtol=0
-        )
-        torch.testing.assert_close(
-            sinusoidal_embedding(t, 16, cosines_first=True)[i],
-            torch.tensor(cosines + sines),
-            atol=1e-6,
-            rtol=0,
-        )
+    for cosines_first, gaps in ((False, 7), (True, 8)):
+        frequencies = [math.exp(-k * math.log(10000) / gaps) for k in range(8)]
+        for i, value in enumerate(t.tolist()):
+            sines = [math.sin(value * f) for f in frequencies]
+            cosines = [math.cos(value * f) for f in frequencies]
+            expected = torch.tensor(cosines + sines if cosines_first else sines + cosines)
+            torch.testing.assert_close(
+                sinusoidal_embedding(t, 16, cosines_first)[i], expected, atol=1e-6, rtol=0
+            )
 
 
 def test_bandit_time_embedding_has_frequencies_one_and_1e_4():

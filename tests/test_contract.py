@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import bandit_policies, bc, cql, diffusion_ql, edp, idql, iql, rebrac, td3_bc
 from algorithms.api import Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
@@ -24,6 +24,15 @@ from algorithms.testing import (
 SMALL_BC = bc.Config(hidden_dim=16, batch_size=16)
 SMALL_QL = diffusion_ql.Config(
     hidden_dim=16, batch_size=16, denoise_steps=3, num_candidates=4, clip_norm=1.0
+)
+SMALL_EDP = edp.Config(
+    hidden_dim=16,
+    batch_size=16,
+    schedule="vp",
+    denoise_steps=10,
+    evaluations=5,
+    num_candidates=4,
+    clip_norm=1.0,
 )
 SMALL_IDQL = idql.Config(
     hidden_dim=32,
@@ -61,6 +70,8 @@ CONFIGS = {
     "bc": (bc.recipe, SMALL_BC),
     "bc_gaussian": (bc.recipe, replace(SMALL_BC, head="gaussian", sample_actions=True)),
     "diffusion_ql": (diffusion_ql.recipe, SMALL_QL),
+    "edp": (edp.recipe, SMALL_EDP),
+    "edp_ddpm100": (edp.recipe, replace(SMALL_EDP, sampler="ancestral")),
     "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL_QL, bc_only=True)),
     "diffusion_ql_paper": (
         diffusion_ql.recipe,

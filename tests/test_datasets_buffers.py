@@ -242,6 +242,7 @@ REWARDS = np.array([0.0, 1.0, 4.0, 2.0, 2.0, 1.0])
         ("iql_antmaze", REWARDS - 1),
         ("antmaze", (REWARDS - 0.25) * 2),
         ("corl_antmaze", REWARDS * 10 - 5),
+        ("min_max", 2 * (REWARDS - REWARDS.min()) / (REWARDS.max() - REWARDS.min()) - 1),
         ("times_100", REWARDS * 100),
         # returns 5, 4 and 1; split by terminations alone the last does not count
         ("corl_locomotion", REWARDS * 1000.0 / (5.0 - 4.0)),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import bandit_policies, bc, cql, diffusion_ql, edp, idql, iql, rebrac, td3_bc
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import Case, TinyDataset
 
@@ -40,6 +40,10 @@ TRIALS = {
     "diffusion_ql": (diffusion_ql.recipe, SMALL),
     "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL, bc_only=True)),
     "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
+    "edp": (
+        edp.recipe,
+        edp.Config(hidden_dim=32, batch_size=32, clip_norm=1.0, ema_start=10, num_candidates=8),
+    ),
     "idql": (idql.recipe, SMALL_IDQL),
     "idql_dec2023": (
         idql.recipe,

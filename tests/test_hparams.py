@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import bandit_policies, bc, cql, diffusion_ql, edp, idql, iql, rebrac, td3_bc
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = [
@@ -18,6 +18,7 @@ RECIPES = [
     bc.recipe,
     cql.recipe,
     diffusion_ql.recipe,
+    edp.recipe,
     idql.recipe,
     iql.recipe,
     iql.corl_recipe,

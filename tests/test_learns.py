@@ -19,6 +19,8 @@ from algorithms.bc import Config as BCConfig
 from algorithms.blocks.ddpm import Diffusion
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.diffusion_ql import Config, DiffusionQL
+from algorithms.edp import Config as EDPConfig
+from algorithms.edp import EfficientDiffusionPolicy
 from algorithms.testing import TinyDataset
 from tests.bandit import CORNERS, actions, bandit_dataset, corner_fractions, train
 
@@ -72,6 +74,22 @@ def test_diffusion_ql_moves_to_the_best_corner_and_cloning_does_not():
     assert shares[False][:, 3].min() > 0.9
     assert shares[True].min() > 0.1, "cloning keeps all four corners"
     assert shares[True].max() < 0.45
+
+
+def test_edp_moves_to_the_best_corner():
+    dataset = bandit_dataset()
+    config = EDPConfig(
+        hidden_dim=64,
+        batch_size=96,
+        lr=1e-3,
+        ema_start=0,
+        schedule="vp",
+        denoise_steps=20,
+        evaluations=6,
+    )
+    learner = EfficientDiffusionPolicy(config, dataset.spec, SEEDS)
+    learner, _ = train(learner, dataset, SEEDS, 400)
+    assert nearest_corner(actions(learner, SEEDS))[:, 3].min() > 0.9
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_what_cannot_be_compared_stands_in_tables_of_its_own(store, other):
     first, second = collecting.collect(store).tracks
     assert {row.board.method for row in first.rows} == {"m", "k"}
     assert [row.board.method for row in second.rows] == ["n"]
-    assert second.comparison is None
+    assert second.board.comparison is None
     assert second.rows[0].rank is None
 
 

@@ -96,6 +96,29 @@ def test_a_metric_of_one_phase_only_can_diverge():
     assert (chunk.diverged[1].step, chunk.diverged[1].metric) == (1, "rare")
 
 
+@pytest.mark.parametrize("kind", [Counter, Alternating])
+@pytest.mark.parametrize("stop_after", [1, 3, 6])
+def test_a_chunk_that_was_stopped_ends_as_if_it_had_not_been(kind, stop_after, monkeypatch):
+    monkeypatch.setattr("harness.trainer.STOP_CHECK_S", -1.0)  # ask before every step
+    whole = Trainer(kind(2), None, [0, 1], CPU, False)
+    stopped = Trainer(kind(2), None, [0, 1], CPU, False)
+    for learner in (whole.learner, stopped.learner):
+        if kind is Counter:
+            learner.nan_at = (1, 2)
+    expected = whole.advance(7)
+    assert stopped.advance(7, lambda: stopped.steps_done == stop_after) is None
+    assert stopped.steps_done == stop_after
+    resumed = Trainer(stopped.learner, None, [0, 1], CPU, False)
+    # Files keep no order of tensors.
+    states = [dict(sorted(stopped.seed_state(i).items(), reverse=True)) for i in range(2)]
+    resumed.load_seed_states(states)
+    chunk = resumed.advance(7 - stop_after)
+    assert chunk.step == expected.step == 7
+    assert repr(chunk.metrics) == repr(expected.metrics)  # nan equals nan
+    assert chunk.diverged == expected.diverged
+    assert not any(name.startswith("trainer.open") for name in resumed.seed_state(0))
+
+
 def make_trainer(bandit, seeds, compile_step=False, name="bc", **config):
     from harness.registry import Registry
 

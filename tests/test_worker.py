@@ -9,8 +9,9 @@ import torch
 
 from harness import worker
 from harness.artifacts import ArtifactStore
+from harness.evaluate import Evaluator
 from harness.home import Home
-from harness.plan import make_plan
+from harness.plan import checkpoint_steps, make_plan
 from harness.spec import load_experiment
 from harness.spool import Spool, read
 from harness.trainer import Trainer
@@ -91,6 +92,61 @@ def test_a_stopped_stack_continues_to_the_same_rows(spec, tmp_path):
     assert segments == 2  # both processes are on record
 
 
+@pytest.mark.parametrize("at", [3, 7, 13])
+def test_a_stack_stopped_within_a_chunk_continues_to_the_same_rows(spec, tmp_path, monkeypatch, at):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert inline.sweep(spec, whole).ok
+    home, stop = Home.find(parts), tmp_path / "stop"
+    job = job_of(spec, home, stop_file=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.trainer.STOP_CHECK_S", -1.0)
+        one_step = Trainer._one_step
+
+        def counted(trainer, phase):
+            if trainer.steps_done == at - 1:
+                stop.touch()
+            return one_step(trainer, phase)
+
+        patch.setattr(Trainer, "_one_step", counted)
+        assert run_stack(job, lambda progress: None) == "interrupted"
+    steps = {tuple(checkpoint_steps(home.checkpoints(stage.id))) for stage in job.stack.stages}
+    assert {found[-1] for found in steps} == {at}
+    assert inline.sweep(spec, parts).ok
+    assert inline.rows(parts) == inline.rows(whole)
+
+
+@pytest.mark.parametrize("evaluation", [1, 2])
+def test_a_stack_stopped_within_an_evaluation_evaluates_first_when_it_continues(
+    spec, tmp_path, monkeypatch, evaluation
+):
+    """The second one is of the final policy, after the last step."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert inline.sweep(spec, whole).ok
+    home, stop = Home.find(parts), tmp_path / "stop"
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.worker.STOP_CHECK_S", -1.0)
+        run, calls = Evaluator.run, []
+
+        def counted(*arguments):
+            calls.append(1)
+            if len(calls) == evaluation:
+                stop.touch()
+            return run(*arguments)
+
+        patch.setattr(Evaluator, "run", counted)
+        job = job_of(spec, home, stop_file=stop)
+        assert run_stack(job, lambda progress: None) == "interrupted"
+    evaluated = {
+        record.step
+        for stage in job.stack.stages
+        for record in read(home.spool(stage.id))
+        if isinstance(record, EvalRecord)
+    }
+    assert evaluated == ({20} if evaluation == 2 else set())
+    assert inline.sweep(spec, parts).ok
+    assert inline.rows(parts) == inline.rows(whole)
+
+
 def test_the_same_sweep_again_runs_nothing_and_more_seeds_run_only_those(spec, tmp_path):
     first = inline.sweep(spec, tmp_path / "home")
     again = inline.sweep(spec, tmp_path / "home")
@@ -112,11 +168,11 @@ class NanAfter:
     def __init__(self, monkeypatch, index, step):
         advance = Trainer.advance
 
-        def poisoned(trainer, num_steps):
+        def poisoned(trainer, num_steps, stop=None):
             if trainer.steps_done == step:
                 for parameter in trainer.learner.actor.parameters():
                     parameter.data[index] = torch.nan
-            return advance(trainer, num_steps)
+            return advance(trainer, num_steps, stop)
 
         monkeypatch.setattr(Trainer, "advance", poisoned)
 

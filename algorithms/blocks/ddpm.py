@@ -42,6 +42,20 @@ def linear_betas(denoise_steps: int, start: float = 1e-4, end: float = 2e-2) -> 
     return torch.linspace(start, end, denoise_steps, dtype=torch.float64)
 
 
+def scaled_linear_betas(denoise_steps: int) -> Tensor:
+    """Evenly spaced betas times 1000 / T: about the same last alpha_bar whatever T is (EDP's).
+
+    Raises:
+        ValueError: for 20 steps or fewer, where betas would reach 1.
+    """
+    if denoise_steps <= 20:
+        raise ValueError(
+            f"denoise_steps is {denoise_steps}; the schedule linear_scaled needs more than 20"
+        )
+    scale = 1000.0 / denoise_steps
+    return linear_betas(denoise_steps, scale * 1e-4, scale * 2e-2)
+
+
 def cosine_betas(denoise_steps: int, offset: float = 0.008) -> Tensor:
     """Cosine schedule (Nichol and Dhariwal, 2021), float64 [denoise_steps], clipped to 0.999.
 
@@ -57,6 +71,7 @@ def cosine_betas(denoise_steps: int, offset: float = 0.008) -> Tensor:
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
     "vp": vp_betas,
     "linear": linear_betas,
+    "linear_scaled": scaled_linear_betas,
     "cosine": cosine_betas,
 }
 

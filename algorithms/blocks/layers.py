@@ -220,8 +220,8 @@ def sinusoidal_embedding(t: Tensor, dim: int, cosines_first: bool = False) -> Te
     """Sines and cosines of `t` at dim / 2 frequencies from 1 down to 1e-4: [..., dim].
 
     Frequencies exp(-k log(10000) / (dim / 2 - 1)), k = 0 ... dim / 2 - 1 (Vaswani et al., 2017, as
-    written for diffusion models). Sines come first, as in Diffusion-QL's code, or cosines, as in
-    JAX implementations.
+    written for diffusion models), sines first, as in Diffusion-QL's code; or with dim / 2 for
+    dim / 2 - 1 and cosines first, as in guided diffusion's (and EDP's).
 
     Args:
         t: any shape, integer or float.
@@ -234,7 +234,8 @@ def sinusoidal_embedding(t: Tensor, dim: int, cosines_first: bool = False) -> Te
         )
     half = dim // 2
     k = torch.arange(half, device=t.device, dtype=torch.float32)
-    angle = t.float().unsqueeze(-1) * torch.exp(k * (-math.log(10000.0) / (half - 1)))
+    spacing = math.log(10000.0) / (half if cosines_first else half - 1)
+    angle = t.float().unsqueeze(-1) * torch.exp(-k * spacing)
     waves = (
         (torch.cos(angle), torch.sin(angle))
         if cosines_first

@@ -50,9 +50,13 @@ def per_seed(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
-def global_norm(grads: Mapping[str, Tensor]) -> Tensor:
-    """L2 norm of all of a seed's gradients together, [K]."""
-    squares = [grad.flatten(1).square().sum(dim=1) for grad in grads.values()]
+def global_norm(grads: Mapping[str, Tensor], leading: int = 1) -> Tensor:
+    """L2 norm of all of a seed's gradients together, [K].
+
+    Args:
+        leading: 2 gives the norm of each member of an ensemble, [K, E].
+    """
+    squares = [grad.flatten(leading).square().sum(dim=leading) for grad in grads.values()]
     # One by one: a reduction over the list would add in an order that depends on K.
     return sum(squares[1:], start=squares[0]).sqrt()
 
@@ -73,6 +77,8 @@ class Adam(nn.Module):
         betas: decay rates of the first and second moment.
         weight_decay: L2 coefficient added to the gradient, after clipping.
         clip_norm: largest L2 norm of a seed's whole gradient; None leaves gradients as they are.
+        clip_members: the norm is that of each member of an ensemble (every parameter [K, E, ...]),
+            as if each had an optimizer of its own.
     """
 
     count: Tensor  # steps done, int64 [K]
@@ -85,6 +91,7 @@ class Adam(nn.Module):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         clip_norm: float | None = None,
+        clip_members: bool = False,
     ) -> None:
         super().__init__()
         if clip_norm is not None and not clip_norm > 0:
@@ -93,6 +100,7 @@ class Adam(nn.Module):
             )
         self.lr, self.betas, self.eps = lr, betas, eps
         self.weight_decay, self.clip_norm = weight_decay, clip_norm
+        self.clip_dims = 2 if clip_members else 1
         parameters = dict(module.named_parameters())
         first = next(iter(parameters.values()))
         self.register_buffer("count", torch.zeros_like(first.flatten(1)[:, 0], dtype=torch.int64))
@@ -109,7 +117,7 @@ class Adam(nn.Module):
         Args:
             lr_scale: factor on the learning rate, [K].
         """
-        norm = global_norm(grads)
+        norm = global_norm(grads, self.clip_dims)  # [K], or [K, E] by member
         self.count += 1
         # Double precision: 1 - 0.999 ** 1 keeps only four digits in single.
         count = self.count.double()
@@ -123,7 +131,7 @@ class Adam(nn.Module):
             grad = grads[name]
             if self.clip_norm is not None:
                 coef = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-                grad = grad * per_seed(coef, grad)
+                grad = grad * coef.view(*coef.shape, *(1,) * (grad.dim() - coef.dim()))
             if self.weight_decay:
                 grad = grad + self.weight_decay * parameter
             mean = self.get_buffer(f"mean/{self._slots[name]}")
@@ -132,7 +140,7 @@ class Adam(nn.Module):
             square.mul_(self.betas[1]).add_((1.0 - self.betas[1]) * grad.square())
             denominator = square.sqrt() / per_seed(square_scale, square) + self.eps
             parameter.sub_(per_seed(step_size, parameter) * mean / denominator)
-        return norm
+        return norm if self.clip_dims == 1 else norm.square().sum(dim=1).sqrt()
 
 
 def decay_weights(module: nn.Module, amount: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import leaderboard, stats
-from analysis.comparison import Comparison, Rank, compare
+from analysis.comparison import Rank
 from analysis.curves import Curve, mean_curves
 from analysis.leaderboard import Leaderboard, MethodRow
 from analysis.load import Cell, Task, evaluation_frame, latency_frame
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from results.store import Store
 
 CELL_REPS = 1000
-RANK_REPS = 2000
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,6 @@ class TrackView:
     key: Track
     board: Leaderboard
     rows: tuple[RowView, ...]
-    comparison: Comparison | None  # of the ranked methods; None where fewer than two are
     condition: str  # of measured latencies: only times under one condition compare
 
     @property
@@ -218,7 +216,7 @@ def _track(
     board = leaderboard.build(store, ids, select, seed, reps=reps)
     curves = mean_curves(evaluation_frame(store, ids), seed)
     variants = _by(trials.sort_values("seed"), "variant_id")
-    comparison = _compare(board, seed)
+    comparison = board.comparison
     condition, latencies = _latencies(store, ids)
     ranks = {} if comparison is None else {rank.method: rank for rank in comparison.ranks}
     rows = []
@@ -247,7 +245,7 @@ def _track(
         times = [time for run, time in latencies.items() if run in runs_of]
         latency = float(np.median(times)) if times else None
         rows.append(RowView(row, algorithm, tuple(cells), ranks.get(row.method), latency))
-    return TrackView(key, board, tuple(rows), comparison, condition)
+    return TrackView(key, board, tuple(rows), condition)
 
 
 def _latencies(store: Store, ids: list[str]) -> tuple[str, dict[str, float]]:
@@ -260,20 +258,6 @@ def _latencies(store: Store, ids: list[str]) -> tuple[str, dict[str, float]]:
     condition = min(counts[counts == counts.max()].index)
     part = frame[frame.condition == condition]
     return str(condition), dict(zip(part.run_id, part.ms, strict=True))
-
-
-def _compare(board: Leaderboard, seed: int) -> Comparison | None:
-    table = {
-        row.method: {
-            task.name: scores
-            for task, scores in zip(
-                board.aggregated, board.scores.matrix(row.method, board.aggregated), strict=True
-            )
-        }
-        for row in board.rows
-        if row.estimates
-    }
-    return compare(table, reps=RANK_REPS, seed=seed) if len(table) > 1 else None
 
 
 def _cell(

@@ -384,8 +384,8 @@ def _comparison(track: TrackView) -> dict[str, Any]:
             *(None if v is None else round(v, 4) for v in vars(pair.probability).values()),
             float(f"{pair.adjusted:.2g}"),
         ]
-        for pair in (track.comparison.pairs if track.comparison else ())
+        for pair in (track.board.comparison.pairs if track.board.comparison else ())
     }
     tasks = [{"name": task.name, "unit": _unit(task)} for task in track.tasks]
-    alpha = track.comparison.alpha if track.comparison else None
+    alpha = track.board.comparison.alpha if track.board.comparison else None
     return {"methods": methods, "tasks": tasks, "pairs": pairs, "alpha": alpha}

@@ -366,6 +366,14 @@ def _reward_transform(raw: RawDataset, data: DataSpec, steps: np.ndarray) -> Any
             )
         mean = reward.mean()
         return lambda r: (r - mean) / std
+    if data.reward == "min_max":
+        low, high = float(reward.min()), float(reward.max())
+        if not high > low:
+            raise DatasetError(
+                f"dataset {raw.id!r}: data.reward 'min_max' divides by the range of the rewards, "
+                f"which are all {low}; use 'none'"
+            )
+        return lambda r: 2.0 * (r - low) / (high - low) - 1.0
     assert data.reward == "iql_locomotion"
     ends = np.flatnonzero(raw.terminated[steps])
     if len(ends):

@@ -16,6 +16,7 @@ REWARD_TRANSFORMS = (
     "times_100",
     "trajectory_range",
     "corl_locomotion",
+    "min_max",
 )
 TRUNCATED_LAST_STEP = ("drop", "keep")
 
@@ -30,6 +31,7 @@ class DataSpec:
             `iql_antmaze`: r - 1; `antmaze`: 2 (r - 0.25); `iql_locomotion`: 1000 r / (max - min)
             of the returns of trajectories split on terminations only, a trajectory left open at
             the end not counted. Definitions are those of the Diffusion-QL code (`reward_tune`).
+            `min_max`: 2 (r - min) / (max - min) - 1 (EDP's code);
             `corl_antmaze`: 10 r - 5; `times_100`: 100 r; `trajectory_range`: 1000 r / (max - min)
             of the returns of the episodes, of their steps that can be drawn (codes of IQL, IDQL);
             `corl_locomotion`: the same of pieces that end at a termination or at 1000 steps, one

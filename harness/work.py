@@ -1,0 +1,135 @@
+"""A share of a sweep in this process, without Ray and without writing to the database.
+
+For schedulers that start many independent jobs (a Slurm array): every job works on its own trials
+in the same home folder. What they leave behind are spools and artifacts; the sweep that is run
+last, by whomever, takes them into the database and finishes what a job did not.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harness.artifacts import ArtifactStore
+from harness.home import Home
+from harness.plan import Stack, balanced, make_plan
+from harness.registry import Registry
+from harness.spec import Experiment, TrialSpec
+from harness.sweep import preflight
+from harness.worker import Job, Progress, StackBusyError, run_stack
+from results.store import Store
+
+BUSY_WAIT_S = 5.0
+"""Between looks at a stage that another job is making."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of several equal shares of an experiment.
+
+    Raises:
+        ValueError: unless 0 <= index < count.
+    """
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"shard {self.index}/{self.count}; expected INDEX/COUNT with INDEX from 0 to "
+                "COUNT - 1"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """`3/16` is the fourth of sixteen."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise ValueError(f"shard {text!r}; expected INDEX/COUNT such as 0/16")
+        return cls(int(index), int(count))
+
+    def of(self, experiment: Experiment) -> Experiment:
+        """The experiment with this share's trials only.
+
+        Seeds that can train together stay together, up to `run.max_stack`. The shares depend on the
+        experiment alone, not on what is done already, so that jobs agree without talking.
+        """
+        variants: dict[str, list[TrialSpec]] = {}
+        for trial in experiment.trials:
+            variants.setdefault(trial.variant_id, []).append(trial)
+        groups = [
+            group
+            for trials in variants.values()
+            for group in balanced(trials, experiment.run.max_stack)
+        ]
+        mine = [trial for group in groups[self.index :: self.count] for trial in group]
+        return replace(experiment, trials=tuple(mine))
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a share ended, by stack."""
+
+    stacks: int
+    failed: dict[str, str]  # stage id -> why
+    interrupted: bool
+
+
+def work(
+    experiment: Experiment,
+    home: Home,
+    store: Store | None,
+    report: Callable[[Stack, Progress], None],
+    ended: Callable[[Stack, str], None],
+    stop_file: Path,
+    registry: Registry | None = None,
+) -> Done:
+    """Runs what is left of an experiment, one stack after the other.
+
+    Args:
+        store: read to know what is done already; None if there is no database yet.
+        report: told how a stack comes along.
+        ended: told how a stack ended.
+        stop_file: when it appears, the stack in progress writes a checkpoint and nothing more is
+            started.
+    """
+    artifacts = ArtifactStore(home.artifacts)
+    plan = make_plan(experiment, store, artifacts, home.work, registry)
+    preflight(plan)
+    ids = [trial.id for trial in experiment.trials]
+    runs = store.statuses(ids) if store is not None else {}
+    attempts = {trial_id: run.attempt for trial_id, run in runs.items()}
+    finished: set[str] = set()
+    failed: dict[str, str] = {}
+    stacks = 0
+    while ready := plan.ready(finished, failed=failed):
+        busy = 0
+        for stack in ready:
+            job = Job(stack, experiment.run, home, attempts, stop_file)
+            try:
+                outcome = run_stack(job, functools.partial(report, stack))
+            except StackBusyError:
+                busy += 1
+                continue
+            except Exception as error:
+                failed |= {stage.id: f"{type(error).__name__}: {error}" for stage in stack.stages}
+                ended(stack, f"failed: {type(error).__name__}: {error}")
+                continue
+            if outcome == "interrupted":
+                return Done(stacks, failed, interrupted=True)
+            stacks += 1
+            for stage in stack.stages:
+                if artifacts.has(stage.id):
+                    finished.add(stage.id)
+                else:
+                    failed[stage.id] = "diverged"
+            ended(stack, outcome)
+        if busy == len(ready):  # others are at it: wait for what they make
+            time.sleep(BUSY_WAIT_S)
+        if stop_file.exists():
+            return Done(stacks, failed, interrupted=True)
+    return Done(stacks, failed, interrupted=False)

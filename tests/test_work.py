@@ -1,0 +1,107 @@
+"""Shares of a sweep without Ray: who works on what, and what the sweep after them finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.home import Home
+from harness.spec import load_experiment
+from harness.work import Shard, work
+from results.store import Store
+from tests import inline
+
+SPEC = """
+name: shares
+algorithms:
+  bc: {config: {hidden_dim: 8, batch_size: 8}}
+  wide: {algorithm: bc, config: {hidden_dim: 16, batch_size: 8}}
+datasets: [generated/bandit2d-v0]
+seeds: 0-4
+steps: 20
+evaluation: {every: 10, episodes: 2}
+run: {log_every: 5, checkpoint_every: 10, compile: "off", device: cpu, max_stack: 2}
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path, bandit: str) -> Path:
+    path = tmp_path / "shares.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+def do(spec, home, shard, stop_file, store=None, report=lambda stack, progress: None):
+    ended = []
+    experiment = Shard.parse(shard).of(load_experiment(spec, []))
+    done = work(experiment, home, store, report, lambda stack, text: ended.append(text), stop_file)
+    return done, ended
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 9])
+def test_shares_are_a_partition_and_keep_stacks_together(spec, count):
+    experiment = load_experiment(spec, [])
+    shares = [Shard(index, count).of(experiment).trials for index in range(count)]
+    ids = [trial.id for share in shares for trial in share]
+    assert sorted(ids) == sorted(trial.id for trial in experiment.trials)
+    assert len(set(ids)) == len(ids)
+    for share in shares:
+        for label in ("bc", "wide"):
+            seeds = {trial.seed for trial in share if trial.label == label}
+            # Five seeds in stacks of at most two: {0, 1}, {2, 3}, {4}.
+            assert all((seed ^ 1) in seeds for seed in seeds if seed < 4)
+
+
+@pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "a/b", "1/", "0/0"])
+def test_impossible_shares_are_refused(text):
+    with pytest.raises(ValueError, match="expected INDEX/COUNT"):
+        Shard.parse(text)
+
+
+def test_shares_leave_what_a_sweep_takes_in_without_training(spec, tmp_path):
+    assert inline.sweep(spec, tmp_path / "whole").ok
+    home = Home.find(tmp_path / "shared")
+    stacks = 0
+    for shard in ("0/2", "1/2"):
+        done, ended = do(spec, home, shard, tmp_path / "stop")
+        assert not done.failed
+        assert set(ended) == {"done"}
+        stacks += done.stacks
+    assert stacks == 6
+    summary = inline.sweep(spec, home.root)
+    assert summary.ok
+    assert summary.trained == 0
+    assert inline.rows(home.root) == inline.rows(tmp_path / "whole")
+    with Store.open(home.database_url()) as store:
+        again, ended = do(spec, home, "0/2", tmp_path / "stop", store)
+    assert (again.stacks, ended) == (0, [])
+
+
+def test_a_share_that_was_stopped_continues_to_the_same_rows(spec, tmp_path):
+    assert inline.sweep(spec, tmp_path / "whole").ok
+    home, stop = Home.find(tmp_path / "shared"), tmp_path / "stop"
+    done, _ = do(spec, home, "0/1", stop, report=lambda stack, progress: stop.touch())
+    assert done.interrupted
+    stop.unlink()
+    done, _ = do(spec, home, "0/1", stop)
+    assert not done.interrupted
+    assert inline.sweep(spec, home.root).trained == 0
+    assert inline.rows(home.root) == inline.rows(tmp_path / "whole")
+
+
+def test_one_failing_stack_does_not_stop_the_others(spec, tmp_path, monkeypatch):
+    from algorithms.bc import BehaviourCloning
+
+    loss = BehaviourCloning.update
+
+    def broken(learner, batch, rng):
+        if learner.config.hidden_dim == 16:
+            raise RuntimeError("out of luck")
+        return loss(learner, batch, rng)
+
+    monkeypatch.setattr(BehaviourCloning, "update", broken)
+    done, ended = do(spec, Home.find(tmp_path / "home"), "0/1", tmp_path / "stop")
+    assert done.stacks == 3
+    assert len(done.failed) == 5
+    assert sorted(set(ended)) == ["done", "failed: RuntimeError: out of luck"]
