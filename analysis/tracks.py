@@ -103,6 +103,8 @@ def protocol_text(evaluation: Mapping[str, Any]) -> str:
     """How policies were evaluated, in words."""
     if not evaluation:
         return "not recorded"
+    if evaluation.get("source") == SOURCE:
+        return "evaluated as its source did"
     known = (
         f"{evaluation.get('episodes', '?')} episodes every {evaluation.get('every', '?')} steps, "
         f"environment seeds from {evaluation.get('first_env_seed', 0)}"

@@ -688,6 +688,27 @@ def _figures(store: Store, out: Path, trial_ids: list[str] | None, select: str, 
 
 
 @app.command()
+def table(
+    spec: OptionalSpec = None,
+    overrides: OverridesArgument = None,
+    select: SelectOption = "last",
+    output_format: Annotated[
+        str, typer.Option("--format", help="markdown, latex or csv.")
+    ] = "markdown",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap behind what is bold.")] = 0,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """A row per dataset, a column per method, averages of groups, for a paper."""
+    from analysis import dataset_tables
+
+    _, store = _open_to_read(home, db, spec)
+    with store:
+        made = dataset_tables.make(store, _trial_ids(spec, overrides), select, seed)
+    print(dataset_tables.render(made, output_format))
+
+
+@app.command()
 def bandit(
     file: Annotated[Path, typer.Argument(help="What `harness actions` wrote for the 2-D bandit.")],
     out: Annotated[Path, typer.Option(help="Folder of report, numbers and figure.")] = Path(
