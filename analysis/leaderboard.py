@@ -110,6 +110,7 @@ def build(
     *,
     on_missing: OnMissing = "show",
     reps: int = REPS,
+    interval: stats.Interval = "percentile",
 ) -> Leaderboard:
     """The leaderboard of some trials.
 
@@ -121,12 +122,15 @@ def build(
             and names the others; "drop-task" compares all methods on the tasks where all are
             complete; "refuse" raises.
         reps: bootstrap resamples.
+        interval: of the aggregates: "percentile", "bca" or "t" (see docs/statistics.md).
     Raises:
-        ValueError: if a rule is unknown.
+        ValueError: if a rule or the interval is unknown.
         MissingScoresError: under "refuse", naming the cells without scores.
     """
     if on_missing not in ("show", "drop-task", "refuse"):
         raise ValueError(f"on_missing is {on_missing!r}; expected show, drop-task or refuse")
+    if interval not in _INTERVALS:
+        raise ValueError(f"interval is {interval!r}; expected {', '.join(_INTERVALS)}")
     ids = None if trial_ids is None else list(trial_ids)
     scores = load_scores(store, ids, select)
     notes = list(scores.notes)
@@ -148,17 +152,18 @@ def build(
         }
         tasks = [task for task in tasks if not dropped[task.name]]
         notes += [f"Task left out: {'; '.join(dropped[name])}" for name in dropped if dropped[name]]
-    rows = [_row(scores, method, tasks, reps, seed) for method in scores.methods]
+    rows = [_row(scores, method, tasks, reps, seed, interval) for method in scores.methods]
     rows.sort(
         key=lambda row: (-row.estimates["IQM"].value if row.estimates else float("inf"), row.method)
     )
     notes += _row_notes(rows)
     comparison = _compare(scores, rows, tasks, seed)
+    ranked = comparison is not None
     return Leaderboard(
         rows=tuple(rows),
         aggregated=tuple(tasks),
         scores=scores,
-        caption=tuple(_caption(store, ids, scores, tasks, reps, comparison is not None)),
+        caption=tuple(_caption(store, ids, scores, tasks, _INTERVALS[interval], reps, ranked)),
         notes=tuple(notes),
         seed=seed,
         reps=reps,
@@ -182,14 +187,21 @@ def _compare(
     return compare(table, reps=RANK_REPS, seed=seed)
 
 
-def _row(scores: Scores, method: str, tasks: list[Task], reps: int, seed: int) -> MethodRow:
+def _row(
+    scores: Scores,
+    method: str,
+    tasks: list[Task],
+    reps: int,
+    seed: int,
+    interval: stats.Interval,
+) -> MethodRow:
     gaps = scores.gaps(method, tasks)
     found = [scores.cells[method, t.name] for t in tasks if (method, t.name) in scores.cells]
     counts = [len(cell.scores) for cell in found]
     return MethodRow(
         method=method,
         estimates=(
-            stats.aggregate(scores.matrix(method, tasks), reps, seed)
+            stats.aggregate(scores.matrix(method, tasks), reps, seed, interval=interval)
             if tasks and not gaps
             else None
         ),
@@ -223,6 +235,7 @@ def _caption(
     ids: list[str] | None,
     scores: Scores,
     tasks: list[Task],
+    interval: str,
     reps: int,
     ranked: bool,
 ) -> list[str]:
@@ -239,8 +252,8 @@ def _caption(
         "references",
         f"Score of a seed: {rule}",
         *_protocols(store, ids, scores),
-        f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'} with 95 % percentile "
-        f"intervals of a stratified bootstrap over seeds ({reps:,} resamples)",
+        f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'} with 95 % "
+        + interval.format(reps=f"{reps:,}"),
     ]
     if ranked:
         lines.append(
@@ -263,6 +276,11 @@ def _caption(
     return lines
 
 
+_INTERVALS = {
+    "percentile": "percentile intervals of a stratified bootstrap over seeds ({reps} resamples)",
+    "bca": "BCa intervals of a stratified bootstrap over seeds ({reps} resamples)",
+    "t": "t intervals (jackknife over seeds within tasks)",
+}
 _NOT_ORIGINAL = ("regenerated", "different")
 
 

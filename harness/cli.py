@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -508,20 +508,23 @@ def leaderboard(
         Path | None, typer.Option(help="Write static pages into this folder instead.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    interval: Annotated[
+        str, typer.Option(help="percentile, bca, or t (covers at 3 to 10 seeds).")
+    ] = "percentile",
     home: HomeOption = None,
     db: DatabaseOption = None,
 ) -> None:
-    """Methods ranked by IQM with 95 % stratified bootstrap intervals over seeds."""
+    """Methods ranked by IQM with 95 % intervals over seeds."""
     _, store = _open_to_read(home, db, spec)
     with store:
         ids = _trial_ids(spec, overrides)
         if html is None:
-            _leaderboard(store, ids, select, output_format, seed)
+            _leaderboard(store, ids, select, output_format, seed, interval)
             return
         from analysis.site import pages
 
         with console.status("writing pages"):
-            first = pages.write(store, html, ids, select, seed, _defaults())
+            first = pages.write(store, html, ids, select, seed, _defaults(), interval)
         console.print(str(first), highlight=False, soft_wrap=True)
 
 
@@ -536,11 +539,16 @@ def _defaults() -> dict[str, dict[str, Any]]:
 
 
 def _leaderboard(
-    store: Store, trial_ids: list[str] | None, select: str, output_format: str, seed: int
+    store: Store,
+    trial_ids: list[str] | None,
+    select: str,
+    output_format: str,
+    seed: int,
+    interval: Any = "percentile",
 ) -> None:
     from analysis import leaderboard as board
 
-    built = board.build(store, trial_ids, select=select, seed=seed)
+    built = board.build(store, trial_ids, select=select, seed=seed, interval=interval)
     if output_format == "rich":
         for item in built.renderables():
             console.print(item)
@@ -556,7 +564,7 @@ def reproduce(
     dataset: Annotated[str, typer.Option(help="Glob over our dataset ids and D4RL's names.")] = "*",
     margin: Annotated[
         float, typer.Option(help="Points within which two means count as equal.")
-    ] = 5.0,
+    ] = 3.0,
     all_tables: Annotated[
         bool,
         typer.Option("--all-tables", help="Also others' runs and quotations of the same method."),
@@ -593,7 +601,9 @@ def reproduce(
         console.print(f"! {escape(note)}", style="yellow", highlight=False)
 
 
-def _published_settings(algorithm: str, preset: str, names: Sequence[str]) -> dict[str, Any] | None:
+def _published_settings(
+    algorithm: str, preset: str, names: tuple[str, ...]
+) -> dict[str, Any] | None:
     """Settings of the algorithm's table for a dataset, flat; None where it is not registered."""
     from harness.registry import Registry, UnknownAlgorithmError, hparams_for
     from harness.spec import data_spec_class

@@ -268,6 +268,17 @@ def test_methods_with_enough_seeds_have_ranks_and_tie_groups(store):
     assert content["ranks"][2]["group"] == "b"
 
 
+def test_an_interval_of_another_kind_is_named_in_the_caption(store):
+    for seed, score in enumerate((20, 50, 80)):
+        fill(store, [A], trial("m", A, seed, returns={10: [score]}))
+    percentile, t = (leaderboard.build(store, interval=kind) for kind in ("percentile", "t"))
+    assert t.rows[0].estimates["Mean"].low < percentile.rows[0].estimates["Mean"].low
+    assert "95 % t intervals" in t.render("markdown")
+    assert "95 % percentile intervals of a stratified bootstrap" in percentile.render("markdown")
+    with pytest.raises(ValueError, match="interval is 'z'; expected percentile, bca, t"):
+        leaderboard.build(store, interval="z")
+
+
 def test_one_method_has_no_rank(store):
     fill(store, [A], complete("m", A))
     built = leaderboard.build(store)

@@ -46,6 +46,11 @@ def test_the_interval_is_welchs():
     assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
 
 
+def test_a_reproduced_number_that_is_clearly_lower_is_said_to_be():
+    number = printed(value=61.5, spread=0.5, spread_kind="std", seeds=5)
+    assert judge(TIGHT, number)[2] == "the whole interval is within 3 points, though ours is lower"
+
+
 TIGHT = [59.0, 60.0, 61.0, 60.0, 60.5]
 
 
@@ -53,10 +58,10 @@ TIGHT = [59.0, 60.0, 61.0, 60.0, 60.5]
     ("scores", "value", "verdict"),
     [
         (TIGHT, 60.0, "reproduced"),
-        (TIGHT, 62.5, "reproduced"),  # different from zero, yet within the margin
+        (TIGHT, 61.5, "reproduced"),  # different from zero, yet within the margin
         (TIGHT, 80.0, "lower"),
         (TIGHT, 40.0, "higher"),
-        (TIGHT, 64.9, "lower"),  # reaches beyond the margin, and is below zero
+        (TIGHT, 63.0, "lower"),  # reaches beyond the margin, and is below zero
         ([40.0, 60.0, 80.0], 60.0, "inconclusive"),
         ([40.0, 60.0, 80.0], 70.0, "inconclusive"),
         ([60.0, 60.0], 60.0, "inconclusive"),
@@ -70,7 +75,7 @@ def test_verdicts(scores, value, verdict):
 
 def test_an_inconclusive_verdict_says_how_many_seeds_would_settle_it():
     number = printed(value=60.0, spread=1.0, spread_kind="std", seeds=10)
-    verdict, _, reason, _ = judge([54.0, 60.0, 66.0], number)
+    verdict, _, reason, _ = judge([54.0, 60.0, 66.0], number, 5.0)
     needed = seeds_to_settle(0.0, 6.0, 3, 1 / 3, 9, 5.0)
     assert verdict == "inconclusive"
     assert f"about {needed} seeds" in reason
@@ -78,7 +83,7 @@ def test_an_inconclusive_verdict_says_how_many_seeds_would_settle_it():
     # With that many seeds of the same mean and spread it is settled; with one less it is not.
     for count, settled in ((needed, True), (needed - 1, False)):
         scores = scipy.stats.zscore(np.arange(count), ddof=1) * 6 + 60
-        assert (judge(scores, number)[0] == "reproduced") == settled
+        assert (judge(scores, number, 5.0)[0] == "reproduced") == settled
 
 
 def test_no_number_of_seeds_settles_what_the_printed_number_leaves_open():
@@ -276,9 +281,9 @@ def test_forms():
     text = verdicts.markdown(found)
     assert "| td3\\_bc |" in text
     assert "not comparable" in text
-    assert "within 5 points" in text
+    assert "within 3 points" in text
     content = json.loads(verdicts.json(found))
-    assert content["margin"] == 5.0
+    assert content["margin"] == 3.0
     assert {j["verdict"] for j in content["judgements"]} <= set(verdicts.Verdict.__args__)
 
 

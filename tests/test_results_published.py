@@ -42,7 +42,11 @@ def test_printed_numbers_are_the_papers():
     """Checked by hand against the papers' tables."""
     ours = number("diffusion_ql_table1", "Diffusion-QL", "hopper-medium-v2")
     assert (ours.value, ours.spread, ours.spread_kind, ours.seeds) == (90.5, 4.6, "sem_rollouts", 5)
-    assert (ours.algorithm, ours.selection, ours.origin) == ("diffusion_ql", "cloning-loss-3", "own")
+    assert (ours.algorithm, ours.selection, ours.origin) == (
+        "diffusion_ql",
+        "cloning-loss-3",
+        "own",
+    )
     assert (ours.rollouts, ours.steps) == (50, 2_000_000)
     corl = number("corl_readme_last", "TD3+BC", "halfcheetah-medium-v2")
     assert (corl.value, corl.spread, corl.seeds, corl.selection) == (48.10, 0.18, 4, "last")

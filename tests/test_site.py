@@ -188,6 +188,10 @@ def test_the_command_shows_what_came_with_the_package(tmp_path, capsys):
     text = (tmp_path / "index.html").read_text()
     assert "td3_bc" in text
     assert "surrogate" in text
+    page = next((tmp_path / "datasets").glob("surrogate-hopper*")).read_text()
+    assert "never ranked: other data (local here)" in page
+    assert "Diffusion-QL, Table 1" in page
+    assert page.count("the authors&#39;") > 0
     assert "Differs from the default" in next((tmp_path / "cells").glob("td3*")).read_text()
     assert str(tmp_path / "index.html") in capsys.readouterr().out
 

@@ -168,7 +168,7 @@ def collect(
     select: str = "last",
     seed: int = 0,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
-    reps: int = leaderboard.REPS,
+    interval: stats.Interval = "percentile",
 ) -> Content:
     """Tracks with their rows and cells.
 
@@ -177,7 +177,7 @@ def collect(
         select: which evaluation counts, as for a leaderboard.
         seed: of the bootstraps.
         defaults: algorithm -> its default config, which cells are compared with.
-        reps: bootstrap resamples of the aggregates.
+        interval: of the aggregates, as for a leaderboard.
     Raises:
         ValueError: if there is nothing to show, or the rule is unknown.
     """
@@ -190,7 +190,7 @@ def collect(
         raise ValueError("no run to show; run a sweep first, or check `harness status`")
     attempts = _by(runs, "trial_id")
     tracks = [
-        _track(store, key, part, attempts, select, seed, defaults or {}, reps)
+        _track(store, key, part, attempts, select, seed, defaults or {}, interval)
         for key, part in split(trials)
     ]
     tracks.sort(key=lambda track: (-sum(len(row.runs) for row in track.rows), track.key.title))
@@ -210,10 +210,10 @@ def _track(
     select: str,
     seed: int,
     defaults: Mapping[str, Mapping[str, Any]],
-    reps: int,
+    interval: stats.Interval,
 ) -> TrackView:
     ids = list(trials.trial_id)
-    board = leaderboard.build(store, ids, select, seed, reps=reps)
+    board = leaderboard.build(store, ids, select, seed, interval=interval)
     curves = mean_curves(evaluation_frame(store, ids), seed)
     variants = _by(trials.sort_values("seed"), "variant_id")
     comparison = board.comparison

@@ -21,7 +21,9 @@ from analysis.plots import step_label
 from analysis.site import svg
 from analysis.site.collect import CellView, Content, RowView, TrackView, collect
 from analysis.tracks import slug
+from analysis.verdicts import stem
 from results.archive import save_table
+from results.published import PublishedScore, published_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 OVERVIEW_ROWS = 250  # of all tables together: keeps the first page below a megabyte
+ORIGINS = ("own", "rerun", "quoted")
 CHART_LINES = 16  # of a dataset's page; eight colours, solid and dashed
 
 COLUMNS = {
@@ -65,6 +68,7 @@ def write(
     select: str = "last",
     seed: int = 0,
     defaults: Mapping[str, Mapping[str, Any]] | None = None,
+    interval: Any = "percentile",
 ) -> Path:
     """Writes the pages into a folder and returns the first one.
 
@@ -74,10 +78,11 @@ def write(
         select: which evaluation counts, as for a leaderboard.
         seed: of the bootstraps.
         defaults: algorithm -> its default config, which cells are compared with.
+        interval: of the aggregates: "percentile", "bca" or "t".
     Raises:
         ValueError: if there is nothing to show, or the rule is unknown.
     """
-    content = collect(store, trial_ids, select, seed, defaults)
+    content = collect(store, trial_ids, select, seed, defaults, interval)
     writer = _Writer(content, out, frozenset(defaults or ()))
     for folder in ("tracks", "datasets", "algorithms", "cells", "data"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -312,6 +317,13 @@ def _size(num_bytes: int) -> str:
     return (
         f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{max(num_bytes / 1e3, 0.1):.1f} kB"
     )
+
+
+def _printed(dataset_id: str) -> list[PublishedScore]:
+    """What papers print for the D4RL dataset of a like name, the authors' own numbers first."""
+    own = stem(dataset_id)
+    found = [score for score in published_scores() if stem(score.dataset) == own]
+    return sorted(found, key=lambda one: (ORIGINS.index(one.origin), -one.value, one.name))
 
 
 def _choices(tracks: Iterable[TrackView]) -> list[tuple[str, str, list[str]]]:
