@@ -149,7 +149,8 @@ class _Writer:
                 for place, task in enumerate(track.tasks)
                 if task.dataset_id == name
             ]
-            self.page("dataset.html", dataset_page(name), id=name, contents=contents, tables=found)
+            values = {"id": name, "contents": contents, "tables": found, "printed": _printed(name)}
+            self.page("dataset.html", dataset_page(name), **values)
 
     def algorithms(self) -> None:
         rows: dict[str, list[tuple[TrackView, RowView]]] = {}
