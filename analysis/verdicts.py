@@ -30,7 +30,7 @@ from analysis.load import Cell, Scores, Task, load_scores, missing_text
 from analysis.stats import MIN_SEEDS, t_quantile
 from analysis.tables import markdown_table
 from results.importing import SOURCE
-from results.published import PublishedScore, published_scores
+from results.published import RULES, PublishedScore, published_scores
 
 if TYPE_CHECKING:
     from results.store import Store
@@ -311,7 +311,7 @@ def reproduce(
         for number in _numbers(trial, task, printed, settings, all_tables):
             if not any(fnmatch.fnmatch(n, dataset) for n in (task.dataset_id, number.dataset)):
                 continue
-            rule = "last" if number.selection not in _RULES else number.selection
+            rule = "last" if number.selection not in RULES else number.selection
             if rule not in scores:
                 scores[rule] = load_scores(store, ids, rule)
             chosen = scores[rule].cells[method, task.name]
@@ -334,7 +334,6 @@ def reproduce(
     return Report(tuple(found), tuple(notes), margin)
 
 
-_RULES = {"last", "last-10", "best", "cloning-loss-1", "cloning-loss-2", "cloning-loss-3"}
 _ORIGINS = ("own", "rerun", "quoted")
 
 
@@ -382,7 +381,7 @@ def _judgement(
     settings: Settings | None,
 ) -> Judgement:
     why, remarks = obstacles(task, trial, number, settings)
-    if number.selection not in _RULES:
+    if number.selection not in RULES:
         remarks.append(f"which evaluation was printed: {number.selection}; ours is the last")
     if not last.missing and cell.missing:
         why.append(

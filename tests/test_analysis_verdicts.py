@@ -308,3 +308,16 @@ def test_the_command_prints_tables(form, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
     assert "Printed numbers and ours" in result.stdout
+
+
+def test_printed_steps_are_those_of_our_tables():
+    """Otherwise a faithful run would be called another protocol."""
+    checked = 0
+    for score in published_scores():
+        known = score.algorithm and _published_settings(
+            score.algorithm, score.preset, (score.dataset,)
+        )
+        if known and score.steps is not None:
+            assert known["steps"] == score.steps, score
+            checked += 1
+    assert checked > 300

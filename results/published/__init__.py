@@ -25,17 +25,10 @@ from typing import Any, Literal, get_args
 
 SpreadKind = Literal["std", "sem_rollouts", "none", "unknown"]
 Origin = Literal["own", "rerun", "quoted"]
-SELECTIONS = (
-    "last",
-    "last-10",
-    "cloning-loss-1",
-    "cloning-loss-2",
-    "cloning-loss-3",
-    "best",
-    "unknown",
-    "after online finetuning",
-)
-"""Rules as in `harness leaderboard --select`, and two that are none."""
+RULES = ("last", "last-10", "cloning-loss-1", "cloning-loss-2", "cloning-loss-3", "best")
+"""Selections that are rules of `harness leaderboard --select`."""
+
+SELECTIONS = (*RULES, "unknown", "after online finetuning")
 
 
 @dataclass(frozen=True)
