@@ -221,8 +221,8 @@ class DiffusionQL(nn.Module):
         score = self.target_critic(repeated, candidates).amin(dim=1)  # [K, N, C]
         if self.config.candidate_choice == "softmax":  # Gumbel-max: a sample of softmax(score)
             score = score - torch.log(-torch.log(rng.uniform(*score.shape[1:])))
-        best = score.argmax(dim=-1)[..., None, None]  # [K, N, 1, 1]
-        return candidates.take_along_dim(best, dim=2).squeeze(2)
+        best = score.argmax(dim=-1)[..., None, None].expand(-1, -1, 1, candidates.shape[-1])
+        return candidates.gather(2, best).squeeze(2)
 
 
 def stages(config: Config) -> tuple[Train, ...]:

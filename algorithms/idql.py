@@ -313,8 +313,8 @@ class IDQL(nn.Module):
         score = self.score(self.min_q(repeated, candidates), obs)  # [K, N, C]
         if self.config.candidate_choice != "greedy":  # Gumbel-max: a sample of softmax(score)
             score = score - torch.log(-torch.log(rng.uniform(*score.shape[1:])))
-        best = score.argmax(dim=-1)[..., None, None]  # [K, N, 1, 1]
-        return candidates.take_along_dim(best, dim=2).squeeze(2)
+        best = score.argmax(dim=-1)[..., None, None].expand(-1, -1, 1, candidates.shape[-1])
+        return candidates.gather(2, best).squeeze(2)
 
     def score(self, q: Tensor, obs: Tensor) -> Tensor:
         """Log probability of each candidate up to a constant; Q itself under greedy. [K, N, C]."""

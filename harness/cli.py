@@ -493,6 +493,59 @@ def latency(
         console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
 
 
+@app.command()
+def export(
+    names: NamesArgument,
+    out: Annotated[Path, typer.Option(help="Folder; a policy's files go to <out>/<run id>.")],
+    output_format: Annotated[
+        str, typer.Option("--format", help="safetensors, torch.export or onnx.")
+    ] = "safetensors",
+    rows: Annotated[int, typer.Option(help="Observations of the data to compare at.")] = 256,
+    partial: PartialOption = False,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write final policies as files that work without their runs, compared action by action."""
+    from harness import policies
+    from harness.display import counted
+    from harness.export import export as export_policy
+    from harness.registry import Registry
+    from harness.trainer import resolve_device
+
+    found, store = _open(home, db)
+    registry = Registry()
+    with store:
+        trained, left_out = policies.named(names, store, found, registry, partial)
+    loader = policies.Loader(found, registry, resolve_device("cpu"))
+    exported = []
+    with counted(errors) as report:
+        for place, each in enumerate(trained):
+            report(place, len(trained), f"{output_format}: {each.title}")
+            exported.append(export_policy(each, loader, out, output_format, rows))
+    if as_json:
+        written = [
+            {
+                "run_id": policy.trained.run_id,
+                "files": [str(path) for path in policy.files],
+                "max_abs_difference": policy.difference,
+                "observations": policy.rows,
+            }
+            for policy in exported
+        ]
+        print(json.dumps({"exported": written, "left_out": left_out}))
+        return
+    table = Table("policy", "observations", "largest difference", "files")
+    for policy in exported:
+        where = f"{policy.files[0].parent}: {', '.join(path.name for path in policy.files)}"
+        difference = f"{policy.difference:.3g}"
+        table.add_row(policy.trained.title, str(policy.rows), difference, where)
+    table.columns[3].overflow = "fold"
+    console.print(table)
+    for trial_id, reason in left_out.items():
+        console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
+
+
 # ------------------------------------------------------------------------------------ analysis
 
 

@@ -58,6 +58,7 @@ class Evaluator:
         num_seeds: K.
         episodes: episodes per seed and evaluation.
         num_envs: environments stepped at once per seed (N is the smaller of the two).
+        compiled: compile the policy's call, for any number of rows.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Evaluator:
         episodes: int,
         num_envs: int,
         first_env_seed: int,
+        compiled: bool = False,
     ) -> None:
         if episodes < 1 or num_envs < 1:
             raise ValueError(f"episodes is {episodes}, num_envs {num_envs}; both must be >= 1")
@@ -78,6 +80,9 @@ class Evaluator:
         env = self.slots[0][0].env
         self.obs_dim = int(np.prod(env.observation_space.shape))
         self.action_low, self.action_high = env.action_space.low, env.action_space.high
+        # Rows leave as episodes end: one graph for all numbers of them, which costs nothing where
+        # padded rows would cost what they cost in play.
+        self._call = torch.compile(_call, dynamic=True) if compiled else _call
 
     def run(
         self,
@@ -144,9 +149,11 @@ class Evaluator:
                 obs[k, row] = slot.obs
                 place[:, k, row] = slot.episode, slot.length
         episode, env_step = torch.from_numpy(place).to(seeds.device)
-        rng = RowRng(seeds, step, Stream.EVALUATION, episode, env_step)
         with torch.no_grad():
-            actions = policy.act(torch.from_numpy(obs).to(seeds.device), rng).cpu().numpy()
+            values = self._call(
+                policy, torch.from_numpy(obs).to(seeds.device), seeds, step, episode, env_step
+            )
+        actions = values.cpu().numpy()
         if actions.shape[:2] != obs.shape[:2]:
             raise ValueError(
                 f"act() returned shape {actions.shape} for observations {obs.shape}; expected "
@@ -184,3 +191,15 @@ class Evaluator:
         for row in self.slots:
             for slot in row:
                 slot.env.close()
+
+
+def _call(
+    policy: Policy,
+    obs: torch.Tensor,
+    seeds: torch.Tensor,
+    step: torch.Tensor,
+    episode: torch.Tensor,
+    env_step: torch.Tensor,
+) -> torch.Tensor:
+    """Actions [K, rows, A]; the random numbers belong to the call, so that both are one graph."""
+    return policy.act(obs, RowRng(seeds, step, Stream.EVALUATION, episode, env_step))

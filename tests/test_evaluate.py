@@ -63,8 +63,8 @@ def play_one(gain, env_seed):
     return total, length
 
 
-def evaluate(policy, seeds, episodes, num_envs, alive=None, make=Walk):
-    evaluator = Evaluator(make, len(seeds), episodes, num_envs, first_env_seed=50)
+def evaluate(policy, seeds, episodes, num_envs, alive=None, make=Walk, compiled=False):
+    evaluator = Evaluator(make, len(seeds), episodes, num_envs, 50, compiled)
     step = torch.full((len(seeds),), 7)
     result = evaluator.run(policy, torch.tensor(seeds), step, alive or [True] * len(seeds))
     evaluator.close()
@@ -100,6 +100,19 @@ def test_the_number_of_environments_does_not_change_the_returns():
     everything, _ = evaluate(NoisyPolicy(), [4, 9], 9, 9)
     for num_envs in (1, 2, 4, 5):
         assert evaluate(NoisyPolicy(), [4, 9], 9, num_envs)[0] == everything
+
+
+@pytest.mark.slow
+def test_a_compiled_policy_plays_the_same_episodes_however_many_are_stepped():
+    """As eager ones to rounding, and bit by bit whatever the number of rows."""
+    eager, _ = evaluate(NoisyPolicy(), [4, 9], 9, 9)
+    compiled, _ = evaluate(NoisyPolicy(), [4, 9], 9, 9, compiled=True)
+    for mine, theirs in zip(compiled, eager, strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            assert one.length == other.length
+            assert one.episode_return == pytest.approx(other.episode_return, abs=1e-4)
+    for num_envs in (3, 5):
+        assert evaluate(NoisyPolicy(), [4, 9], 9, num_envs, compiled=True)[0] == compiled
 
 
 def test_a_draw_that_mixes_episodes_is_refused():

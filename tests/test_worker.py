@@ -279,6 +279,35 @@ def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path):
     assert inline.rows(home_path) == inline.rows(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [2, 20])
+def test_a_compiled_run_compiles_acting_if_it_evaluates_often_also_when_it_is_finished_later(
+    spec, tmp_path, every, monkeypatch
+):
+    """Counting evaluations of the whole run, so that what is left after a kill acts the same."""
+    modes = []
+    make = worker.Evaluator
+
+    def noted(*arguments):
+        modes.append(arguments[-1])
+        return make(*arguments)
+
+    monkeypatch.setattr(worker, "Evaluator", noted)
+    home = Home.find(tmp_path / "home")
+    job = job_of(spec, home, ["steps=20", f"evaluation.every={every}", "run.compile=on"])
+    run_stack(job, lambda progress: None)
+    for stage in job.stack.stages:  # as if killed just before the last row
+        records = list(read(home.spool(stage.id)))
+        home.spool(stage.id).unlink()
+        with Spool(home.spool(stage.id)) as spool:
+            spool.append(records[:-1])
+    run_stack(job, lambda progress: None)
+    assert modes == [every == 2] * 2
+    for stage in job.stack.stages:
+        (*_, last) = (r for r in read(home.spool(stage.id)) if isinstance(r, RunRecord))
+        assert [segment["compiled_act"] for segment in last.segments] == modes
+
+
 def test_a_stack_that_waited_until_the_sweep_was_stopped_does_not_start(spec, tmp_path):
     home, stop = Home.find(tmp_path / "home"), tmp_path / "stop"
     stop.touch()
