@@ -45,7 +45,6 @@ class Browser:
         self.socket = websocket.create_connection(address, suppress_origin=True, timeout=60)
         self.numbers = itertools.count(1)
         self.session: str | None = None
-        self.loaded = 0
         self.requests: list[str] = []
         self.complaints: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -73,8 +72,6 @@ class Browser:
         name, content = event.get("method"), event.get("params", {})
         if name == "Network.requestWillBeSent":
             self.requests.append(content["request"]["url"])
-        elif name == "Page.loadEventFired":
-            self.loaded += 1
         elif name == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(content["exceptionDetails"]))
         elif name == "Log.entryAdded" and content["entry"]["level"] in ("error", "warning"):
@@ -85,10 +82,11 @@ class Browser:
     def open(self, page: Path, hash: str = "") -> None:
         """Loads a file and waits until its scripts ran."""
         self.call("Page.navigate", url="about:blank")  # so that another hash loads the page anew
-        before = self.loaded
+        while self.run("location.href") != "about:blank":
+            time.sleep(0.01)
         self.call("Page.navigate", url=page.resolve().as_uri() + hash)
-        while self.loaded == before or self.run("location.href") == "about:blank":
-            self.run("0")
+        there = "location.href != 'about:blank' && document.readyState == 'complete'"
+        while not self.run(there):
             time.sleep(0.01)
 
     def run(self, expression: str) -> Any:
