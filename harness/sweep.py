@@ -29,6 +29,9 @@ from harness.worker import Job, Progress
 from results.records import RunRecord
 from results.store import Store
 
+BUSY_RETRY_S = 30.0
+"""Until a stack that another driver was found to train is looked at again."""
+
 RunQueue = Callable[["Queue", Callable[[], None]], None]
 """What runs a queue to its end; `harness.tune.run_queue` outside tests of the planning alone."""
 
@@ -67,12 +70,16 @@ class Queue:
     running: dict[str, Stack] = field(default_factory=dict)
     finished_stages: set[str] = field(default_factory=set)
     failed_stages: dict[str, str] = field(default_factory=dict)  # id -> why
+    busy_until: dict[str, float] = field(default_factory=dict)  # stack id -> when to look again
     completed_stacks: int = 0
 
     def next(self) -> Job | None:
         if self.stop_file.exists():
             return None
+        now = time.monotonic()
         for stack in self._ready():
+            if self.busy_until.get(stack.id, 0.0) > now:
+                continue
             self.running[stack.id] = stack
             return Job(stack, self.experiment.run, self.home, self.attempts, self.stop_file)
         return None
@@ -92,6 +99,11 @@ class Queue:
 
     def completed(self, job: Job, outcome: str) -> None:
         stack = self.running.pop(job.stack.id)
+        if outcome == "busy":
+            if stack.id not in self.busy_until:
+                self.display.line(f"{title(stack)}: another sweep is at it; waiting for its end")
+            self.busy_until[stack.id] = time.monotonic() + BUSY_RETRY_S
+            return
         self.completed_stacks += 1
         done, bad = [], []
         for stage in stack.stages:

@@ -35,7 +35,7 @@ from ray.tune.search import Searcher
 from harness.datasets import DatasetError
 from harness.spec import RunOptions
 from harness.stopping import interruptible
-from harness.worker import Job, Progress, run_stack
+from harness.worker import Job, Progress, StackBusyError, run_stack
 
 REPORT_EVERY_S = 0.5
 INIT_TRIES = 2
@@ -54,7 +54,8 @@ class WorkQueue(Protocol):
 
     def progressed(self, job: Job, progress: Progress) -> None: ...
 
-    def completed(self, job: Job, outcome: str) -> None: ...
+    def completed(self, job: Job, outcome: str) -> None:
+        """The stack has ended: done, interrupted, diverged, failed, or busy (see `run_stack`)."""
 
     def failed(self, job: Job, error: str) -> None:
         """The stack failed for good: an error that would recur, or too many crashes."""
@@ -150,6 +151,8 @@ def _train_stack(config: dict[str, Any]) -> None:
 
     try:
         outcome = run_stack(config["job"], report)
+    except StackBusyError:
+        outcome = "busy"
     except NOT_RETRIED as error:
         # Tune would run into the same error again, `max_failures` times.
         tune.report({"outcome": "failed", "error": f"{type(error).__name__}: {error}"})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from harness.display import Display
 from harness.home import Home
 from harness.spec import load_experiment
 from harness.sweep import Summary, run_sweep
-from harness.worker import run_stack
+from harness.worker import StackBusyError, run_stack
 from results.store import Store
 
 
@@ -23,8 +24,13 @@ def run_inline(queue, on_interrupt) -> None:
     """The work queue's contract, one stack after the other."""
     while not queue.exhausted():
         job = queue.next()
+        if job is None:
+            time.sleep(0.1)
+            continue
         try:
             outcome = run_stack(job, lambda progress, job=job: queue.progressed(job, progress))
+        except StackBusyError:
+            queue.completed(job, "busy")
         except Exception as error:
             queue.failed(job, f"{type(error).__name__}: {error}")
         else:

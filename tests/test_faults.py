@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,37 @@ from pathlib import Path
 import psutil
 import pytest
 
+from harness import watchdog
+from harness.artifacts import ArtifactError, ArtifactStore
+from harness.plan import make_plan
+from harness.spec import load_experiment
+from harness.worker import Job, run_stack
 from tests import inline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+TWO_DRIVERS = """
+import sys
+from pathlib import Path
+from harness import sweep, worker
+sweep.BUSY_RETRY_S, worker.LOCK_WAIT_S = 0.5, 0.2
+from tests import inline
+summary = inline.sweep(Path(sys.argv[1]), Path(sys.argv[2]), ["steps=1500"])
+sys.exit(not summary.ok)
+"""
+
+HUNG = """
+import sys, time
+from pathlib import Path
+from harness.evaluate import Evaluator
+from tests import inline
+
+def play(self, slot, action):
+    time.sleep(1000)
+
+Evaluator._play = play
+inline.sweep(Path(sys.argv[1]), Path(sys.argv[2]), ["steps=500", "run.stale_after_s=2"])
+"""
 
 SPEC = """
 name: faults
@@ -33,6 +62,11 @@ def spec(tmp_path: Path, bandit: str) -> Path:
     path = tmp_path / "faults.yaml"
     path.write_text(SPEC)
     return path
+
+
+def job_of(experiment, home, stop_file) -> Job:
+    plan = make_plan(experiment, None, ArtifactStore(home.artifacts), home.work)
+    return Job(plan.ready()[0], experiment.run, home, {}, stop_file)
 
 
 def wait_for(condition, timeout_s: float = 120.0, process: subprocess.Popen | None = None) -> bool:
@@ -68,6 +102,67 @@ def test_a_process_killed_at_random_points_leaves_the_rows_of_an_uninterrupted_r
     assert kills >= 1
     subprocess.run(command, cwd=REPOSITORY, check=True, timeout=120)
     assert inline.rows(home) == inline.rows(whole)
+
+
+def test_two_drivers_on_one_spec_train_every_trial_once(spec, tmp_path, monkeypatch):
+    whole, home = tmp_path / "whole", tmp_path / "both"
+    assert inline.sweep(spec, whole, ["steps=1500"]).ok
+    command = [sys.executable, "-c", TWO_DRIVERS, str(spec), str(home)]
+    drivers = [subprocess.Popen(command, cwd=REPOSITORY) for _ in range(2)]
+    assert [driver.wait(timeout=180) for driver in drivers] == [0, 0]
+    assert inline.rows(home) == inline.rows(whole)
+    with inline.Store.open(inline.Home.find(home).database_url()) as store:
+        segments = [len(found) for found in store.runs()["segments"]]
+    assert segments == [1, 1, 1], "nobody began what another had begun"
+
+
+def test_a_hung_evaluation_is_ended_and_named_and_does_not_take_the_sweep_along(
+    spec, tmp_path, bandit
+):
+    """In a process of its own, which the watchdog ends; then the driver's part of it."""
+    home = inline.Home.find(tmp_path / "home")
+    hung = subprocess.run(
+        [sys.executable, "-c", HUNG, str(spec), str(home.root)], cwd=REPOSITORY, timeout=120
+    )
+    assert hung.returncode == 1
+    (stale,) = home.work.glob("*/stale")
+    reason = watchdog.report(stale, 2.0).splitlines()[-1]
+    assert reason.startswith("no progress for 2 s")
+    assert "<string>" in reason, "the line of the environment that hangs"
+    assert inline.sweep(spec, home.root, ["steps=500"]).ok
+    assert not list(home.work.glob("*/stale"))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "artifact"])
+def test_any_flipped_byte_is_found(spec, tmp_path, kind):
+    home = inline.Home.find(tmp_path / "home")
+    arguments = ["steps=300"]
+    if kind == "checkpoint":
+        stop = tmp_path / "stop"
+        job = job_of(load_experiment(spec, arguments), home, stop)
+        assert run_stack(job, lambda progress: stop.touch()) == "interrupted"
+        folder = next(path for path in home.work.glob("*/checkpoints"))
+    else:
+        assert inline.sweep(spec, home.root, arguments).ok
+        folder = home.artifacts
+    store = ArtifactStore(folder)
+    name = sorted(path.name for path in folder.iterdir() if path.is_dir())[-1]
+    files = sorted(path for path in (folder / name).iterdir() if path.name != "manifest.json")
+    rng, found = random.Random(0), 0
+    for _ in range(100):
+        path = rng.choice(files)
+        content = bytearray(path.read_bytes())
+        place, bit = rng.randrange(len(content)), 1 << rng.randrange(8)
+        path.chmod(0o644)
+        content[place] ^= bit
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match=re.escape(path.name)):
+            store.verify(name)
+        found += 1
+        content[place] ^= bit
+        path.write_bytes(content)
+    store.verify(name)
+    assert found == 100
 
 
 def harness(*arguments: str, **options) -> subprocess.Popen:

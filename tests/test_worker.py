@@ -279,7 +279,6 @@ def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path):
     assert inline.rows(home_path) == inline.rows(whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("every", [2, 20])
 def test_a_compiled_run_compiles_acting_if_it_evaluates_often_also_when_it_is_finished_later(
     spec, tmp_path, every, monkeypatch
@@ -293,6 +292,7 @@ def test_a_compiled_run_compiles_acting_if_it_evaluates_often_also_when_it_is_fi
         return make(*arguments)
 
     monkeypatch.setattr(worker, "Evaluator", noted)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # only the choice
     home = Home.find(tmp_path / "home")
     job = job_of(spec, home, ["steps=20", f"evaluation.every={every}", "run.compile=on"])
     run_stack(job, lambda progress: None)
