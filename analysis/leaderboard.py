@@ -131,7 +131,8 @@ def build(
         raise ValueError(f"on_missing is {on_missing!r}; expected show, drop-task or refuse")
     if interval not in _INTERVALS:
         raise ValueError(f"interval is {interval!r}; expected {', '.join(_INTERVALS)}")
-    scores = load_scores(store, trial_ids, select)
+    ids = None if trial_ids is None else list(trial_ids)
+    scores = load_scores(store, ids, select)
     notes = list(scores.notes)
     tasks = [task for task in scores.tasks if task.normalized]
     raw = [task.name for task in scores.tasks if not task.normalized]
@@ -162,7 +163,7 @@ def build(
         rows=tuple(rows),
         aggregated=tuple(tasks),
         scores=scores,
-        caption=tuple(_caption(store, scores, tasks, _INTERVALS[interval], reps, ranked)),
+        caption=tuple(_caption(store, ids, scores, tasks, _INTERVALS[interval], reps, ranked)),
         notes=tuple(notes),
         seed=seed,
         reps=reps,
@@ -230,7 +231,13 @@ def _row_notes(rows: list[MethodRow]) -> list[str]:
 
 
 def _caption(
-    store: Store, scores: Scores, tasks: list[Task], interval: str, reps: int, ranked: bool
+    store: Store,
+    ids: list[str] | None,
+    scores: Scores,
+    tasks: list[Task],
+    interval: str,
+    reps: int,
+    ranked: bool,
 ) -> list[str]:
     kind, count = parse_select(scores.select)
     several = f"mean of the {count} last evaluations"
@@ -244,7 +251,7 @@ def _caption(
         "Normalised scores x 100 (0 is ref_min, 100 ref_max); raw returns where a task has no "
         "references",
         f"Score of a seed: {rule}",
-        *_protocols(store, scores),
+        *_protocols(store, ids, scores),
         f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'} with 95 % "
         + interval.format(reps=f"{reps:,}"),
     ]
@@ -277,10 +284,10 @@ _INTERVALS = {
 _NOT_ORIGINAL = ("regenerated", "different")
 
 
-def _protocols(store: Store, scores: Scores) -> list[str]:
+def _protocols(store: Store, ids: list[str] | None, scores: Scores) -> list[str]:
     """One sentence for how the policies were evaluated; more than one way is said to be so."""
     variants = {cell.variant_id for cell in scores.cells.values()}
-    trials = store.trials()
+    trials = store.trials(ids)
     evaluations = trials[trials.variant_id.isin(variants)].evaluation
     found = sorted(
         {

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis.curves import REPS as CURVE_REPS
+from analysis.curves import Curve, mean_curves
 from analysis.leaderboard import REPS, Leaderboard, build
 from analysis.load import evaluation_frame, latency_frame
 from analysis.stats import METRICS, MIN_SEEDS, curve_interval
@@ -27,10 +29,16 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-CURVE_REPS = 2000
 PANEL_INCHES = (3.6, 2.7)
 COLUMNS = 3
 LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # for print
+SERIES_COLOURS = (
+    *("#0173b2", "#de8f05", "#029e73", "#d55e00"),
+    *("#cc78bc", "#ca9161", "#56b4e9", "#949494"),
+)
+"""Eight colours that colour-blind readers tell apart, on white and on black (seaborn's, without
+its pink twin and its yellow); further series repeat them with another of `DASHES`."""
+DASHES = ("", "6 3", "2 2", "8 3 2 3")
 MARKERS = {"o": "circle", "s": "square", "^": "triangle", "D": "diamond"}  # of conditions
 
 
@@ -118,57 +126,62 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
     )
     methods = sorted(frame.method.unique())
     colours = palette(methods)
-    curves = dict(iter(frame.groupby(["task", "method"])))
+    curves = mean_curves(frame, seed)
     for axis, name in zip(axes.flat, names, strict=False):
         scale = 100.0 if tasks[name].normalized else 1.0
         for place, method in enumerate(methods):
-            if (name, method) in curves:
+            if (method, name) in curves:
                 style = {"color": colours[method], "linestyle": LINE_STYLES[place % 5]}
-                _draw_curve(axis, curves[name, method], scale, style, method, seed)
+                draw_curve(axis, curves[method, name], scale, style, method)
         axis.set_title(name, fontsize="small")
         axis.set_xlabel("gradient steps")
         axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
         axis.set_xlim(left=0)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axis.xaxis.set_major_formatter(FuncFormatter(_step_label))
+        axis.xaxis.set_major_formatter(FuncFormatter(step_label))
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    _legend(figure, axes.flat[: len(names)])
+    draw_legend(figure, axes.flat[: len(names)])
     write_caption(figure, _curve_caption(frame, board, width=75 * columns))
     return figure
 
 
-def _draw_curve(
-    axis: Any, part: pd.DataFrame, scale: float, style: dict[str, Any], label: str, seed: int
-) -> None:
-    # A step that a seed lacks is left out: its mean would be over other seeds than its neighbours'.
-    table = scale * part.pivot(index="seed", columns="step", values="score").dropna(axis=1)
-    if table.columns.empty:
+def draw_curve(axis: Any, curve: Curve, scale: float, style: dict[str, Any], label: str) -> None:
+    """Mean and interval; thin lines for seeds that are too few for one."""
+    if not curve.steps:
         return
-    steps, values = table.columns.to_numpy(), table.to_numpy()
-    bounds = curve_interval(values, CURVE_REPS, seed)
-    if bounds is not None:
-        axis.fill_between(steps, *bounds, color=style["color"], alpha=0.18, linewidth=0)
-    elif len(values) > 1:
-        axis.plot(steps, values.T, color=style["color"], linewidth=0.6, alpha=0.5)
-    few = {"marker": "o", "markersize": 3.5} if len(steps) <= 10 else {}
-    axis.plot(steps, values.mean(axis=0), label=label, linewidth=1.5, **style, **few)
+    if curve.bounds is not None:
+        low, high = (scale * np.array(bound) for bound in curve.bounds)
+        axis.fill_between(curve.steps, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    elif len(curve.seeds) > 1:
+        for points in curve.seeds.values():
+            shown = [(step, scale * value) for step, value in points if step in curve.steps]
+            axis.plot(*zip(*shown, strict=True), color=style["color"], linewidth=0.6, alpha=0.5)
+    few = {"marker": "o"} if len(curve.steps) <= 10 else {}
+    mean = scale * np.array(curve.mean)
+    usual = {"linewidth": 1.5, "markersize": 3.5}
+    axis.plot(curve.steps, mean, label=label, **{**usual, **style, **few})
 
 
-def _step_label(value: float, position: int) -> str:
+def step_label(value: float, position: int = 0) -> str:
+    """Gradient steps, short: 20k, 1.5M. The second argument is matplotlib's."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
     return f"{value:g}"
 
 
-def _legend(figure: Figure, axes: Iterable[Any]) -> None:
+def draw_legend(figure: Figure, axes: Iterable[Any], columns: int = 4) -> None:
+    """One legend above all axes, each label once."""
     found: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     figure.legend(
-        list(found.values()), list(found), loc="outside upper center", ncols=min(4, len(found))
+        list(found.values()),
+        list(found),
+        loc="outside upper center",
+        ncols=min(columns, len(found)),
     )
 
 
@@ -318,14 +331,14 @@ def score_latency(points: Sequence[LatencyPoint], board: Leaderboard) -> Figure:
         for point in points:
             if point.task == name:
                 marker = markers[point.condition]
-                _draw_point(axis, point, scale, colours[point.method], marker)
+                draw_point(axis, point, scale, colours[point.method], marker)
         axis.set_xscale("log")
         axis.set_title(name, fontsize="small")
         axis.set_xlabel("ms per action, batch 1")
         axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    _legend(figure, axes.flat[: len(names)])
+    draw_legend(figure, axes.flat[: len(names)])
     where = "; ".join(f"{each} ({MARKERS[markers[each]]})" for each in conditions)
     text = (
         "Median time of one seed's act() from tensors to tensors, environment not included; bars: "
@@ -337,7 +350,7 @@ def score_latency(points: Sequence[LatencyPoint], board: Leaderboard) -> Figure:
     return figure
 
 
-def _draw_point(axis: Any, point: LatencyPoint, scale: float, colour: Any, marker: str) -> None:
+def draw_point(axis: Any, point: LatencyPoint, scale: float, colour: Any, marker: str) -> None:
     low, high = point.ms_range
     error: dict[str, Any] = {"xerr": [[max(0.0, point.ms - low)], [max(0.0, high - point.ms)]]}
     if point.interval is not None:
@@ -411,13 +424,21 @@ def _board_source(board: Leaderboard) -> dict[str, Any]:
     }
 
 
-def save_figure(figure: Figure, stem: Path, source: dict[str, Any]) -> list[Path]:
+def save_figure(
+    figure: Figure, stem: Path, source: dict[str, Any], suffixes: Sequence[str] = (".pdf", ".png")
+) -> list[Path]:
+    """Writes and closes a figure; its source becomes a JSON file beside it. No dates in files."""
     import matplotlib.pyplot as plt
 
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".pdf", ".png", ".json")]
-    figure.savefig(paths[0], metadata={"CreationDate": None})
-    figure.savefig(paths[1], dpi=200, metadata={"Software": None})
+    undated: dict[str, dict[str, Any]] = {
+        ".pdf": {"metadata": {"CreationDate": None}},
+        ".svg": {"metadata": {"Date": None}},
+        ".png": {"metadata": {"Software": None}, "dpi": 200},
+    }
+    paths = [stem.with_suffix(suffix) for suffix in (*suffixes, ".json")]
+    for path in paths[:-1]:
+        figure.savefig(path, **undated[path.suffix])
     plt.close(figure)
-    paths[2].write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
+    paths[-1].write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
     return paths

@@ -10,6 +10,7 @@ import csv as csv_module
 import io
 import json as json_module
 import math
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def markdown(board: Leaderboard) -> str:
     parts += ["### Cells", markdown_table(*cell_rows(board)), _paragraph(board)]
     remarks = _remarks(board)
     if remarks:
-        parts.append("\n".join(f"- {_markdown(remark)}" for remark in remarks))
+        parts.append("\n".join(f"- {escape_markdown(remark)}" for remark in remarks))
     return "\n\n".join(parts) + "\n"
 
 
@@ -254,14 +255,16 @@ def _finite(value: float) -> float | str:
     return float(value) if math.isfinite(value) else str(value)
 
 
-def _markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
     for character in "\\|*_[]<>`":
         text = text.replace(character, f"\\{character}")
     return text
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(map(_markdown, cells)) + " |" for cells in (header, *rows)]
+def markdown_table(header: list[str], rows: list[list[str]], *, escape: bool = True) -> str:
+    shown = [list(map(escape_markdown, cells)) if escape else cells for cells in (header, *rows)]
+    lines = ["| " + " | ".join(cells) + " |" for cells in shown]
     rule = "|" + "|".join([" --- ", *[" ---: "] * (len(header) - 1)]) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
@@ -278,15 +281,35 @@ _LATEX = {
 }
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
     # One pass over the characters, so that a replacement is never replaced again.
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def _latex_table(header: list[str], rows: list[list[str]], caption: str, label: str) -> str:
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(caption)}}}"]
+def latex_table(
+    header: list[str],
+    rows: list[list[str]],
+    caption: str,
+    label: str,
+    rules: Container[int] = (),
+) -> str:
+    """A `table` environment with booktabs; cells and caption are LaTeX already.
+
+    Args:
+        rules: rows with a rule above.
+    """
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}}}"]
     lines += [rf"\label{{tab:{label}}}", rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"]
-    body = [" & ".join(map(_tex, row)) + r" \\" for row in rows]
-    lines += [r"\toprule", " & ".join(map(_tex, header)) + r" \\", r"\midrule", *body]
+    lines += [r"\toprule", " & ".join(header) + r" \\", r"\midrule"]
+    for place, row in enumerate(rows):
+        if place and place in rules:
+            lines.append(r"\midrule")
+        lines.append(" & ".join(row) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
     return "\n".join(lines) + "\n"
+
+
+def _latex_table(header: list[str], rows: list[list[str]], caption: str, label: str) -> str:
+    cells = [[tex(cell) for cell in row] for row in (header, *rows)]
+    return latex_table(cells[0], cells[1:], tex(caption), label)

@@ -557,6 +557,9 @@ def leaderboard(
     output_format: Annotated[
         str, typer.Option("--format", help="rich, markdown, csv, latex or json.")
     ] = "rich",
+    html: Annotated[
+        Path | None, typer.Option(help="Write static pages into this folder instead.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     interval: Annotated[
         str, typer.Option(help="percentile, bca, or t (covers at 3 to 10 seeds).")
@@ -568,7 +571,24 @@ def leaderboard(
     _, store = _open_to_read(home, db, spec)
     with store:
         ids = _trial_ids(spec, overrides)
-        _leaderboard(store, ids, select, output_format, seed, interval)
+        if html is None:
+            _leaderboard(store, ids, select, output_format, seed, interval)
+            return
+        from analysis.site import pages
+
+        with console.status("writing pages"):
+            first = pages.write(store, html, ids, select, seed, _defaults(), interval)
+        console.print(str(first), highlight=False, soft_wrap=True)
+
+
+def _defaults() -> dict[str, dict[str, Any]]:
+    """Algorithm -> its default config, of all that are registered."""
+    import dataclasses
+
+    from harness.registry import Registry
+
+    registry = Registry()
+    return {name: dataclasses.asdict(registry.get(name).config()) for name in registry.names()}
 
 
 def _leaderboard(
@@ -698,15 +718,29 @@ def figures(
     spec: OptionalSpec = None,
     overrides: OverridesArgument = None,
     select: SelectOption = "last",
+    style: Annotated[
+        str, typer.Option(help="For a paper: neurips, icml or iclr (also SVG, data, more figures).")
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder [<home>/figures].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     home: HomeOption = None,
     db: DatabaseOption = None,
 ) -> None:
-    """Learning curves and aggregate intervals, as PDF and PNG with their sources beside them."""
+    """Learning curves, aggregate intervals and more, with their sources beside them."""
     found, store = _open_to_read(home, db, spec)
     with store:
-        _figures(store, out or found.figures, _trial_ids(spec, overrides), select, seed)
+        ids = _trial_ids(spec, overrides)
+        if not style:
+            _figures(store, out or found.figures, ids, select, seed)
+            return
+        import shlex
+
+        from analysis import paper
+
+        folder = out or found.figures / style
+        command = shlex.join(["harness", *sys.argv[1:]])
+        for path in paper.write(store, folder, style, ids, select, seed, command):
+            console.print(str(path), highlight=False, soft_wrap=True)
 
 
 def _figures(store: Store, out: Path, trial_ids: list[str] | None, select: str, seed: int) -> None:
@@ -714,6 +748,27 @@ def _figures(store: Store, out: Path, trial_ids: list[str] | None, select: str, 
 
     for path in plots.write_figures(store, out, trial_ids, select=select, seed=seed):
         console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def table(
+    spec: OptionalSpec = None,
+    overrides: OverridesArgument = None,
+    select: SelectOption = "last",
+    output_format: Annotated[
+        str, typer.Option("--format", help="markdown, latex or csv.")
+    ] = "markdown",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap behind what is bold.")] = 0,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """A row per dataset, a column per method, averages of groups, for a paper."""
+    from analysis import dataset_tables
+
+    _, store = _open_to_read(home, db, spec)
+    with store:
+        made = dataset_tables.make(store, _trial_ids(spec, overrides), select, seed)
+    print(dataset_tables.render(made, output_format))
 
 
 @app.command()

@@ -122,3 +122,16 @@ def open_archive(*paths: Path) -> Store:
 def shipped() -> list[Path]:
     """The archives that come with the package."""
     return sorted(SHIPPED.glob("*/rows.parquet"))
+
+
+def open_results(source: str | None = None) -> Store:
+    """A database to read: a URL, an archive (*.parquet), or None for what came with the package."""
+    from results.store import Store
+
+    if source is None:
+        return open_archive(*shipped())
+    return (
+        open_archive(Path(source))
+        if source.endswith(".parquet")
+        else Store.open(source, read_only=True)
+    )
