@@ -1,7 +1,7 @@
 """Speed and size of the leaderboard's pages, on made-up results.
 
-    python benchmarks/site.py                10,080 runs: 36 methods x 14 tasks x 10 seeds x 2
-    python benchmarks/site.py --methods 4    a tenth of it
+    python benchmarks/leaderboard_site.py    10,080 runs: 36 methods x 14 tasks x 10 seeds x 2
+    python benchmarks/leaderboard_site.py --methods 4    a tenth of it
 
 Prints seconds, and megabytes of what a browser reads for the first page.
 """
