@@ -144,6 +144,8 @@ def phase_of(learner: Any, step: int) -> tuple[int, ...]:
 class Policy(Protocol):
     """The last stage's learner.
 
+    A policy with a density has `log_density(obs, action)`: [K, N, O], [K, N, A] -> [K, N],
+    differentiable in the actions; a deterministic one may give that of a Gaussian around it.
     A policy whose draws may leave the bounds can also have `act_unclamped(obs, rng)`: the draw that
     `act` moves into them, for pictures of its distribution.
     """

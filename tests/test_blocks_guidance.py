@@ -197,12 +197,12 @@ def test_guidance_leaves_the_dynamics_of_a_linear_gaussian_system_alone(jacobian
     drawn = {}
     for coef in (0.0, 1.0):
         guided = calibrated(reordered, log_density, slice(3, 5), coef, jacobian)
-        drawn[coef] = sample(guided, 64, 8000, dim=5)[..., inverse].reshape(-1, 5).double()
+        drawn[coef] = sample(guided, 128, 4000, dim=5)[..., inverse].reshape(-1, 5).double()
     for x in drawn.values():
         for t in (0, 2):
             residual = x @ torch.tensor(system.residual(t), dtype=torch.float64)
             assert residual.mean().item() == pytest.approx(0.0, abs=0.2 * system.NOISE**0.5)
-            assert residual.var().item() == pytest.approx(system.NOISE, rel=0.1)
+            assert residual.var().item() == pytest.approx(system.NOISE, rel=0.12)
     gap = {coef: (x[:, 1] - 1.0 + 0.5 * x[:, 0]).square().mean() for coef, x in drawn.items()}
     assert gap[1.0] < 0.5 * gap[0.0], "and the actions are the target's"
 

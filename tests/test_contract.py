@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
-from algorithms.api import Recipe, Train
+from algorithms import (
+    bandit_policies,
+    bc,
+    cql,
+    diffusion_ql,
+    idql,
+    iql,
+    policy_guided,
+    rebrac,
+    td3_bc,
+)
+from algorithms.api import Recipe, StageInput, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng, Stream
@@ -20,6 +30,7 @@ from algorithms.testing import (
     check_compiled,
     check_recipe,
 )
+from harness.worker import MakeOutput
 
 SMALL_BC = bc.Config(hidden_dim=16, batch_size=16)
 SMALL_QL = diffusion_ql.Config(
@@ -111,9 +122,64 @@ CONFIGS = {
 }
 
 
+# Refreshed in steps 0 and 2: one that is not the first, and a resume between two.
+SMALL_GUIDED = policy_guided.Config(
+    window=4,
+    stride=2,
+    diffusion_batch_size=16,
+    diffusion_ema_every=2,
+    width=16,
+    num_blocks=2,
+    denoise_steps=3,
+    refresh_every=2,
+    num_windows=16,
+    generations=2,
+    dynamics_hidden_dim=16,
+    batch_size=16,
+    hidden_dim=16,
+)
+GUIDED = {
+    "guided": SMALL_GUIDED,
+    "guided_as_in_the_code": replace(
+        SMALL_GUIDED,
+        agent="iql",
+        guidance="additive",
+        guidance_normalize=True,
+        guidance_denoised=True,
+        predict_from_unchurned=True,
+    ),
+    "guided_whole_gradient": replace(
+        SMALL_GUIDED, guidance_jacobian="network", final_row="next_obs", stride=None
+    ),
+    "unguided": replace(SMALL_GUIDED, agent="iql", training_data="unguided"),
+    "world_model": replace(SMALL_GUIDED, training_data="world_model"),
+    "real": replace(SMALL_GUIDED, training_data="real"),
+}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_contract_holds(name):
     check_recipe(*CONFIGS[name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("guided", "world_model") else pytest.param(name, marks=pytest.mark.slow)
+        for name in GUIDED
+    ],
+)
+def test_contract_holds_for_agents_on_generated_data(name):
+    check_recipe(policy_guided.recipe, GUIDED[name], made=measured_scale())
+
+
+def measured_scale():
+    """What the first stage of policy_guided leaves behind, on the dataset of the contract."""
+    out = MakeOutput(1)
+    config = policy_guided.ScaleConfig(draws=256)
+    rng = Rng.at_step([0], 0, Stream.MAKE)
+    policy_guided.measure_scale(config, TinyDataset(), {}, rng, out)
+    return {"scale": StageInput(config, out.arrays)}
 
 
 def test_asymmetric_action_bounds_are_kept():

@@ -75,7 +75,7 @@ class Layer(nn.Module):
         self.norm = GroupNorm(rng, out_dim)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Args: condition: [K, B or 1, cond_dim]."""
+        """Args: condition: [K, B, cond_dim]."""
         x = self.convolution(x)
         if self.condition is not None:
             x = x + self.condition(condition).unsqueeze(2)
@@ -84,6 +84,8 @@ class Layer(nn.Module):
 
 class UNet(nn.Module):
     """Windows [K, B, L, D] and one level for each, [K, B] or [1, 1] for all, to [K, B, L, D].
+
+    A level may have more dimensions, of size 1, as the samplers of `blocks.edm` give it.
 
     Args:
         width: f, a multiple of 16.
@@ -125,10 +127,10 @@ class UNet(nn.Module):
                 f"windows have shape {tuple(x.shape)}; expected [K, B, L, D] with a length that is "
                 f"a multiple of {self.shrink}"
             )
+        # Also where all windows share a level: products of a single row depend on the stack.
+        level = level.reshape(level.shape[:2]).expand(x.shape[:2])
         embedded = sinusoidal_embedding(level, self.width // 4)
-        if embedded.shape[0] != x.shape[0]:  # one level for all seeds
-            embedded = embedded.expand(x.shape[0], -1, -1)
-        condition = functional.silu(self.embedding(embedded))  # [K, B or 1, width]
+        condition = functional.silu(self.embedding(embedded))  # [K, B, width]
         skips: list[Tensor] = []
         for block in self.encoder:
             if skips:
