@@ -95,9 +95,7 @@ class Dataset(Protocol):
                 episode ends (`terminated` or `truncated` is 1); it is zero there.
         """
 
-    def segments(
-        self, rng: Rng, batch_size: int, length: int, stride: int | None = None
-    ) -> Batch:
+    def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         """Windows of consecutive steps that never cross an episode border: [K, B, L, ...].
 
         Uniform over all of them; with `stride`, over those of `blocks.windows.window_starts`.

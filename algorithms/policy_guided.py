@@ -19,13 +19,13 @@ The paper's tables could not be read; `source` of every value says whether it is
     real           the agent on the data alone
     unguided       lambda 0
     guided         lambda > 0; the first set is unguided, as there is no policy yet
-    world_model    the same policy rolled out on `blocks.dynamics` from observations of the data; the
-                   first set is the data's own transitions
+    world_model    the same policy rolled out on `blocks.dynamics` from observations of the data;
+                   the first set is the data's own transitions
 
 Deviations: (1) `guidance: calibrated` is ours, its coefficient is the exponent lambda (see
-`blocks.guidance`); `additive` is the code's nudge. (2) `final_row: next_obs` is ours: as in the code
+`blocks.guidance`); `additive` is the code's nudge. (2) `final_row: next_obs` is ours. In the code
 (`step`) the last row is only a next observation when decoded, so that steps on which the data
-terminate (they are last in their windows) are trained on but never generated. (3) the code's
+terminate, which are last in their windows, are trained on but never generated. (3) the code's
 sampler predicts from the point without the added noise; ours by Algorithm 2 unless
 `predict_from_unchurned`. (4) windows are sampled at the length that is trained; the code's defaults
 are 32 and 129. (5) no episodes are held out. (6) the mean and standard deviation of the rows are
@@ -285,6 +285,9 @@ class PolicyGuided(nn.Module):
     The rows that were generated are part of the state, [K, generations * num_windows * H, ...].
     """
 
+    agent: Any
+    model: Any  # WindowDiffusion or WorldModel; none for real data
+
     def __init__(
         self,
         config: Config,
@@ -294,19 +297,18 @@ class PolicyGuided(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        learner, agent_config = AGENTS[config.agent](config)
-        self.agent = learner(agent_config, spec, seeds)
+        agent_type, agent_config = AGENTS[config.agent](config)
+        self.agent = agent_type(agent_config, spec, seeds)
         if hasattr(self.agent, "period"):
             self.period = self.agent.period
         self.steps = config.window - 1  # transitions of a window
         self.refresh_every = 0 if config.training_data == "real" else config.refresh_every
         if config.training_data == "real":
             return
-        if config.training_data == "world_model":
-            model, needed = WorldModel, inputs["dynamics"]
-        else:
-            model, needed = WindowDiffusion, inputs["diffusion"]
-        self.model = model(needed.config, spec, seeds, inputs)
+        modelled = config.training_data == "world_model"
+        needed = inputs["dynamics" if modelled else "diffusion"]
+        model_type: type = WorldModel if modelled else WindowDiffusion
+        self.model = model_type(needed.config, spec, seeds, inputs)
         self.model.load_state_dict(needed.state)
         outside_state(self.model)
         rows = config.generations * config.num_windows * self.steps
@@ -354,9 +356,7 @@ class PolicyGuided(nn.Module):
         batch = dataset.transitions(rng, self.config.num_windows * self.steps)
         return Batch(**{name: self.as_windows(getattr(batch, name)) for name in COLUMNS})
 
-    def generate(
-        self, dataset: Dataset, rng: Rng, guidance_coef: float | None = None
-    ) -> Batch:
+    def generate(self, dataset: Dataset, rng: Rng, guidance_coef: float | None = None) -> Batch:
         """`num_windows` windows for the present policy: transitions [K, M, window - 1, ...].
 
         Args:

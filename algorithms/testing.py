@@ -118,9 +118,7 @@ class TinyDataset:
             }
         )
 
-    def segments(
-        self, rng: Rng, batch_size: int, length: int, stride: int | None = None
-    ) -> Batch:
+    def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         if not 1 <= length <= self.episode_length:
             raise ValueError(f"length is {length}; episodes have {self.episode_length} steps")
         if stride is None:

@@ -11,7 +11,9 @@ from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import TinyDataset
 
 SEEDS = (0, 1)
-SMALL = DynamicsConfig(hidden_dim=32, num_layers=2, num_members=3, num_elites=2, batch_size=64, lr=3e-3)
+SMALL = DynamicsConfig(
+    hidden_dim=32, num_layers=2, num_members=3, num_elites=2, batch_size=64, lr=3e-3
+)
 
 
 def rng(step=0):

@@ -143,7 +143,7 @@ def test_the_nudge_has_the_effect_the_reference_found(coef, mean, var):
 
 
 class LinearSystem:
-    """Windows (s0, a0, s1, a1, s2) of s' = 0.9 s + 0.5 a + w, behaviour N(0.3 s, 0.4), w ~ N(0, 0.1).
+    """Windows (s0, a0, s1, a1, s2) of s' = 0.9 s + 0.5 a + w; a ~ N(0.3 s, 0.4), w ~ N(0, 0.1).
 
     Zero-mean Gaussians: the joint precision is a sum of one term for each factor.
     """

@@ -19,7 +19,7 @@ from algorithms import (
     rebrac,
     td3_bc,
 )
-from algorithms.api import Recipe, StageInput, Train
+from algorithms.api import Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng, Stream
@@ -30,7 +30,7 @@ from algorithms.testing import (
     check_compiled,
     check_recipe,
 )
-from harness.worker import MakeOutput
+from tests import guided
 
 SMALL_BC = bc.Config(hidden_dim=16, batch_size=16)
 SMALL_QL = diffusion_ql.Config(
@@ -122,26 +122,10 @@ CONFIGS = {
 }
 
 
-# Refreshed in steps 0 and 2: one that is not the first, and a resume between two.
-SMALL_GUIDED = policy_guided.Config(
-    window=4,
-    stride=2,
-    diffusion_batch_size=16,
-    diffusion_ema_every=2,
-    width=16,
-    num_blocks=2,
-    denoise_steps=3,
-    refresh_every=2,
-    num_windows=16,
-    generations=2,
-    dynamics_hidden_dim=16,
-    batch_size=16,
-    hidden_dim=16,
-)
 GUIDED = {
-    "guided": SMALL_GUIDED,
+    "guided": guided.SMALL,
     "guided_as_in_the_code": replace(
-        SMALL_GUIDED,
+        guided.SMALL,
         agent="iql",
         guidance="additive",
         guidance_normalize=True,
@@ -149,11 +133,11 @@ GUIDED = {
         predict_from_unchurned=True,
     ),
     "guided_whole_gradient": replace(
-        SMALL_GUIDED, guidance_jacobian="network", final_row="next_obs", stride=None
+        guided.SMALL, guidance_jacobian="network", final_row="next_obs", stride=None
     ),
-    "unguided": replace(SMALL_GUIDED, agent="iql", training_data="unguided"),
-    "world_model": replace(SMALL_GUIDED, training_data="world_model"),
-    "real": replace(SMALL_GUIDED, training_data="real"),
+    "unguided": replace(guided.SMALL, agent="iql", training_data="unguided"),
+    "world_model": replace(guided.SMALL, training_data="world_model"),
+    "real": replace(guided.SMALL, training_data="real"),
 }
 
 
@@ -170,16 +154,7 @@ def test_contract_holds(name):
     ],
 )
 def test_contract_holds_for_agents_on_generated_data(name):
-    check_recipe(policy_guided.recipe, GUIDED[name], made=measured_scale())
-
-
-def measured_scale():
-    """What the first stage of policy_guided leaves behind, on the dataset of the contract."""
-    out = MakeOutput(1)
-    config = policy_guided.ScaleConfig(draws=256)
-    rng = Rng.at_step([0], 0, Stream.MAKE)
-    policy_guided.measure_scale(config, TinyDataset(), {}, rng, out)
-    return {"scale": StageInput(config, out.arrays)}
+    check_recipe(policy_guided.recipe, GUIDED[name], made=guided.measured_scale())
 
 
 def test_asymmetric_action_bounds_are_kept():

@@ -103,9 +103,7 @@ class WorldModel(nn.Module):
         self.register_buffer(
             "scale", torch.tensor([s if s > 0 else 1.0 for s in scale]), persistent=False
         )  # [O + 1]
-        self.register_buffer(
-            "reward_mean", torch.tensor(statistics.reward_mean), persistent=False
-        )
+        self.register_buffer("reward_mean", torch.tensor(statistics.reward_mean), persistent=False)
         self.ensemble = Ensemble(rng, config, spec.obs_dim + spec.action_dim, spec.obs_dim + 1)
         self.optim = Adam(self.ensemble, config.lr)
         # Running squared error of each member on held-out rows, [K, E].
@@ -162,15 +160,15 @@ class WorldModel(nn.Module):
         mean, log_var, logit, _ = self.ensemble(self.inputs(obs, action))
         pick = rng.integers(self.config.num_elites, rows)  # [K, N]
         member = self.elites().gather(1, pick).unsqueeze(1)  # [K, 1, N]
-        mean, log_var = (x.take_along_dim(member.unsqueeze(-1), 1).squeeze(1) for x in (mean, log_var))
+        mean, log_var = (
+            x.take_along_dim(member.unsqueeze(-1), 1).squeeze(1) for x in (mean, log_var)
+        )
         drawn = mean + torch.exp(0.5 * log_var) * rng.normal(rows, mean.shape[-1])
         change = drawn * self.scale
         terminated = (logit.take_along_dim(member, 1).squeeze(1) > 0.0).float()
         return obs + change[..., :-1], change[..., -1] + self.reward_mean, terminated
 
-    def roll_out(
-        self, act: Callable[[Tensor, Rng], Tensor], starts: Tensor, rng: Rng
-    ) -> Batch:
+    def roll_out(self, act: Callable[[Tensor, Rng], Tensor], starts: Tensor, rng: Rng) -> Batch:
         """Windows of H steps under a policy, all on the model: [K, M, H, ...].
 
         Args:

@@ -37,7 +37,7 @@ Both as the sampler sees them (normalised); only the first is differentiated.
 
 
 def slope(log_density: LogDensity, x: Tensor, actions: slice) -> Tensor:
-    """Gradient of the summed log density with respect to the actions, the rest held: [K, M, L, A]."""
+    """Gradient of the summed log density by the actions, the rest held: [K, M, L, A]."""
     fixed = x.detach()
     return grad(lambda action: log_density(action, fixed).sum())(fixed[..., actions])
 
@@ -52,8 +52,8 @@ def slope_and_curvature(
     fixed = x.detach()
     action = fixed[..., actions]
     gradient = grad(lambda a: log_density(a, fixed).sum())
-    first, second = jvp(gradient, (action,), (torch.ones_like(action),))
-    return first, (-second).clamp(min=0.0)
+    found = jvp(gradient, (action,), (torch.ones_like(action),))
+    return found[0], (-found[1]).clamp(min=0.0)
 
 
 def calibrated(
@@ -87,7 +87,8 @@ def calibrated(
         return _moved(denoised, actions, left * coef * g / (1.0 + coef * c * left))
 
     def by_network(noisy: Tensor, sigma: Tensor) -> Tensor:
-        denoised, pull_back = vjp(lambda x: denoiser(x, sigma), noisy)
+        found = vjp(lambda x: denoiser(x, sigma), noisy)
+        denoised, pull_back = found[0], found[1]
         g, c = slope_and_curvature(log_density, denoised, actions)
         (pulled,) = pull_back(_moved(torch.zeros_like(denoised), actions, g))  # J^T g
         level = sigma.square().reshape(*sigma.shape, *(1,) * (noisy.dim() - sigma.dim()))
@@ -110,7 +111,7 @@ def additive(
 ) -> Callable[[int, Tensor, Tensor], Tensor] | None:
     """The code's nudge as a `before_step` of `edm.stochastic_heun`; None for coef 0.
 
-    The amount in step i of N is coef ((1 - i / N) + cosine_coef sin(pi (i + 1) / N)), 0 in the last.
+    Step i of N moves by coef ((1 - i / N) + cosine_coef sin(pi (i + 1) / N)), the last by 0.
 
     Args:
         normalize: divide g by its norm over the whole window (and add 1e-8 afterwards, as there).

@@ -12,6 +12,8 @@ for all seeds, whose results do not depend on the stack.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -105,8 +107,8 @@ class UNet(nn.Module):
         self.shrink = 2 ** (num_blocks - 1)
         self.embedding = MLP(rng, (width // 4, width, width), "silu")
         widths = [width * 2**i for i in range(num_blocks)]
-        self.encoder = nn.ModuleList()
-        self.decoder = nn.ModuleList()
+        self.encoder: Any = nn.ModuleList()
+        self.decoder: Any = nn.ModuleList()
         before = dim
         for wide in widths:
             down = (Layer(rng, before, wide, cond_dim=width), Layer(rng, wide, wide))

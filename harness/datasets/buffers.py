@@ -157,9 +157,7 @@ class TransitionDataset:
         index = rng.integers(self.spec.num_steps, batch_size)  # [K, B]
         return self._gather(index, _ALL_FIELDS if next_action else _FIELDS)
 
-    def segments(
-        self, rng: Rng, batch_size: int, length: int, stride: int | None = None
-    ) -> Batch:
+    def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         """Windows of consecutive transitions, uniform over all that fit: [K, B, L, ...].
 
         Args:
@@ -268,9 +266,7 @@ class MixedDataset:
             parts.append(_pick(self._rows, index, names))
         return _joined(parts)
 
-    def segments(
-        self, rng: Rng, batch_size: int, length: int, stride: int | None = None
-    ) -> Batch:
+    def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         """Windows, of which `round(fraction * batch_size)` are synthetic: [K, B, L, ...].
 
         Raises:
