@@ -115,7 +115,10 @@ class Learner(Protocol):
     A learner that trains on data it generates has `refresh_every: int` (0: never) and
     `refresh(dataset, rng)`, called before the step 0 and every multiple of it, outside the compiled
     step. What it generates is part of its state (buffers, filled in place), and `sample` mixes it
-    in with `dataset.mixed`: a run that is resumed between two refreshes has the same data.
+    in with `dataset.mixed`: a run that is resumed between two refreshes has the same data. To have
+    its data measured and written (`harness synthetic`) it has `generate(dataset, rng, coef)`, which
+    returns windows of transitions [K, M, H, ...], and `guidable: bool`: whether the strength of
+    guidance `coef` (None: that of training) means something to it.
 
     What is done only in some steps (a delayed policy update) needs no branch on a tensor: with
     `period: int` the step is called as `update(batch, rng, phase)`, where `phase` is the Python int

@@ -303,6 +303,7 @@ class PolicyGuided(nn.Module):
             self.period = self.agent.period
         self.steps = config.window - 1  # transitions of a window
         self.refresh_every = 0 if config.training_data == "real" else config.refresh_every
+        self.guidable = config.training_data in ("unguided", "guided")
         if config.training_data == "real":
             return
         modelled = config.training_data == "world_model"
