@@ -53,19 +53,21 @@ class Simulator:
         self.env.close()
 
     def _restore(self, obs: np.ndarray) -> None:
-        if hasattr(self.inner, "point_env"):
+        body = getattr(self.inner, "point_env", self.inner)
+        body.data.qacc_warmstart[:] = 0.0  # left by the row before
+        if body is not self.inner:
             # achieved goal (the position), desired goal, position, velocity
-            self.inner.point_env.set_state(obs[4:6], obs[6:8])
+            body.set_state(obs[4:6], obs[6:8])
             self.inner.goal = obs[2:4]
             return
-        positions, velocities = self.inner.model.nq, self.inner.model.nv
+        positions, velocities = body.model.nq, body.model.nv
         hidden = positions + velocities - len(obs)  # the root's place, which is set to 0
         if not 0 <= hidden <= 2:
             raise ValueError(
                 f"{len(obs)} values for {positions} positions, {velocities} velocities"
             )
         placed = np.concatenate((np.zeros(hidden), obs))
-        self.inner.set_state(placed[:positions], placed[positions:])
+        body.set_state(placed[:positions], placed[positions:])
 
     def _check(self) -> None:
         """Steps of an episode must come back the same from their observations alone."""
