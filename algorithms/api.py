@@ -95,8 +95,11 @@ class Dataset(Protocol):
                 episode ends (`terminated` or `truncated` is 1); it is zero there.
         """
 
-    def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
-        """Windows of consecutive steps that never cross an episode border: [K, B, L, ...]."""
+    def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
+        """Windows of consecutive steps that never cross an episode border: [K, B, L, ...].
+
+        Uniform over all of them; with `stride`, over those of `blocks.windows.window_starts`.
+        """
 
     def mixed(self, synthetic: Batch, fraction: float) -> Dataset:
         """A dataset whose batches hold `fraction` synthetic rows (synthetic is led by K)."""
@@ -107,8 +110,15 @@ class Learner(Protocol):
     """An `nn.Module` built as `Learner(config, dataset.spec, seeds, inputs)`.
 
     Everything that changes during training is a registered parameter or buffer led by K, and no
-    parameter requires grad (gradients come from `blocks.optim.gradients`). A learner may also
-    have `refresh_every: int` and `refresh(dataset, rng) -> Dataset`.
+    parameter requires grad (gradients come from `blocks.optim.gradients`).
+
+    A learner that trains on data it generates has `refresh_every: int` (0: never) and
+    `refresh(dataset, rng)`, called before the step 0 and every multiple of it, outside the compiled
+    step. What it generates is part of its state (buffers, filled in place), and `sample` mixes it
+    in with `dataset.mixed`: a run that is resumed between two refreshes has the same data. To have
+    its data measured and written (`harness synthetic`) it has `generate(dataset, rng, coef)`, which
+    returns windows of transitions [K, M, H, ...], and `guidable: bool`: whether the strength of
+    guidance `coef` (None: that of training) means something to it.
 
     What is done only in some steps (a delayed policy update) needs no branch on a tensor: with
     `period: int` the step is called as `update(batch, rng, phase)`, where `phase` is the Python int
@@ -135,6 +145,8 @@ def phase_of(learner: Any, step: int) -> tuple[int, ...]:
 class Policy(Protocol):
     """The last stage's learner.
 
+    A policy with a density has `log_density(obs, action)`: [K, N, O], [K, N, A] -> [K, N],
+    differentiable in the actions; a deterministic one may give that of a Gaussian around it.
     A policy whose draws may leave the bounds can also have `act_unclamped(obs, rng)`: the draw that
     `act` moves into them, for pictures of its distribution.
     """

@@ -188,6 +188,11 @@ class IQL(nn.Module):
     def normalize(self, obs: Tensor) -> Tensor:
         return self.normalizer(obs) if self.config.normalize_obs else obs
 
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        """log pi(a|s), [K, N]."""
+        unit_mean, log_std = self.actor(self.normalize(obs))
+        return normal_log_prob(action, self.bounds.stretch(unit_mean), log_std)
+
     def act(self, obs: Tensor, rng: Rng) -> Tensor:
         """The policy's mean: [K, N, O] -> [K, N, A]."""
         return self.bounds.stretch(self.actor(self.normalize(obs))[0])

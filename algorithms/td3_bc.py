@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from algorithms.api import Batch, Dataset, DatasetSpec, Metrics, Recipe, Rng, Train
 from algorithms.blocks.bounds import ActionBounds
 from algorithms.blocks.critics import QEnsemble, polyak_update, squared_td_error, td_target
+from algorithms.blocks.gaussians import normal_log_prob
 from algorithms.blocks.layers import MLP, frozen_copy
 from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, gradients
@@ -139,6 +140,11 @@ class TD3BC(nn.Module):
 
     def normalize(self, obs: Tensor) -> Tensor:
         return self.normalizer(obs) if self.config.normalize_obs else obs
+
+    def log_density(self, obs: Tensor, action: Tensor) -> Tensor:
+        """log N(action; pi(s), 1), the stand-in where a density is needed: [K, N]."""
+        mean = self.policy(self.actor, self.normalize(obs))
+        return normal_log_prob(action, mean, torch.zeros_like(mean))
 
     def act(self, obs: Tensor, rng: Rng) -> Tensor:
         """[K, N, O] -> [K, N, A]."""

@@ -14,6 +14,7 @@ of a few seeds on a tiny in-memory dataset, so pass a small config. A broken rul
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
@@ -34,6 +35,7 @@ from algorithms.api import (
     phase_of,
 )
 from algorithms.blocks.rng import Rng, RowRng, Stream
+from algorithms.blocks.windows import window_starts
 
 State = dict[str, Tensor]
 # Here because dynamo does not trace `fields`; without the optional `next_action`.
@@ -116,17 +118,27 @@ class TinyDataset:
             }
         )
 
-    def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
+    def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         if not 1 <= length <= self.episode_length:
             raise ValueError(f"length is {length}; episodes have {self.episode_length} steps")
-        episode = rng.integers(self.num_episodes, batch_size)
-        start = rng.integers(self.episode_length - length + 1, batch_size)
-        first = episode * self.episode_length + start
+        if stride is None:
+            episode = rng.integers(self.num_episodes, batch_size)
+            start = rng.integers(self.episode_length - length + 1, batch_size)
+            first = episode * self.episode_length + start
+        else:
+            starts = self._starts(length, stride)
+            first = starts[rng.integers(starts.shape[0], batch_size)]
         return self._rows(first.unsqueeze(-1) + torch.arange(length))
 
+    @torch.compiler.assume_constant_result
+    def _starts(self, length: int, stride: int) -> Tensor:
+        lengths = [self.episode_length] * self.num_episodes
+        ends = self.terminated.numpy(), self.truncated.numpy()
+        return torch.from_numpy(window_starts(lengths, *ends, length, stride))
+
     def mixed(self, synthetic: Batch, fraction: float) -> TinyDataset:
-        other = TinyDataset.__new__(TinyDataset)
-        other.__dict__.update(self.__dict__, synthetic=synthetic, fraction=fraction)
+        other = copy.copy(self)
+        other.synthetic, other.fraction = synthetic, fraction
         return other
 
 
@@ -153,7 +165,7 @@ class Case:
         start: int = 0,
         wrap: Callable[[Any], Any] = lambda step: step,
     ) -> list[Metrics]:
-        """`steps` updates from step `start`; `wrap` may compile the step."""
+        """`steps` updates from step `start`, with refreshes; `wrap` may compile the step."""
         seed_tensor = torch.tensor(self.seeds if seeds is None else seeds)
 
         def one_step(step: Tensor, phase: tuple[int, ...]) -> Metrics:
@@ -161,9 +173,13 @@ class Case:
             return learner.update(learner.sample(self.dataset, rng), rng, *phase)
 
         wrapped = wrap(one_step)
+        refresh_every = getattr(learner, "refresh_every", 0)
         history = []
         with torch.no_grad():
             for i in range(start, start + self.steps):
+                if refresh_every and i % refresh_every == 0:
+                    step = torch.full_like(seed_tensor, i)
+                    learner.refresh(self.dataset, Rng(seed_tensor, step, Stream.MAKE))
                 metrics = wrapped(torch.full_like(seed_tensor, i), phase_of(learner, i))
                 history.append({name: value.clone() for name, value in metrics.items()})
         return history

@@ -410,6 +410,54 @@ def actions(
 
 
 @app.command()
+def synthetic(
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
+    coefs: Annotated[
+        str, typer.Option(help="Strengths of guidance, as in 0,0.3,1; none: that of training.")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="The parquet file to write.")] = Path(
+        "synthetic.parquet"
+    ),
+    write: Annotated[
+        str, typer.Option(help="Also store the data under this id; for one trial and strength.")
+    ] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing dataset.")
+    ] = False,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the data that finished trials generate, against simulator and data; or store them."""
+    from harness import synthetic as made
+    from harness.actions import write_parquet
+    from harness.spec import load_experiment
+
+    experiment = load_experiment(spec, overrides or [])
+    strengths: list[float | None] = [float(part) for part in coefs.split(",") if part]
+    strengths = strengths or [None]
+    if write and len(strengths) > 1:
+        raise ValueError(f"--write stores one strength of guidance; got {coefs}")
+    found, store = _open(home, db)
+    left_out: dict[str, str] = {}
+    with store:
+        if write:
+            _, table = made.write(experiment, store, found, write, strengths[0], overwrite)
+        else:
+            table, left_out = made.quality(experiment, store, found, strengths)
+    write_parquet(table, out, {"experiment": experiment.name, "coefs": coefs})
+    if as_json:
+        print(json.dumps({"file": str(out), "dataset": write or None, "left_out": left_out}))
+        return
+    console.print(f"{out}: {table.trial_id.nunique()} trials", highlight=False)
+    if write:
+        console.print(f"{write}: harness data card {write}", highlight=False)
+    for name, reason in left_out.items():
+        console.print(f"  left out {name}: {reason}", highlight=False)
+
+
+@app.command()
 def latency(
     names: NamesArgument,
     batch: Annotated[int, typer.Option(help="The larger batch; 1 is always measured.")] = 256,
@@ -793,6 +841,23 @@ def bandit(
     for claim in built.claims:
         table.add_row(claim.text, claim.measured, claim.verdict)
     console.print(table)
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def guidance(
+    file: Annotated[Path, typer.Argument(help="What `harness synthetic` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of numbers and figure.")] = Path("guidance"),
+    as_json: JsonOption = False,
+) -> None:
+    """Draw errors and likelihood of generated data against the strength of guidance."""
+    from analysis import guidance as report
+
+    paths = report.write(report.read(file), out)
+    if as_json:
+        print(json.dumps({"files": [str(path) for path in paths]}))
+        return
     for path in paths:
         console.print(str(path), highlight=False, soft_wrap=True)
 

@@ -204,10 +204,10 @@ class Trainer:
             )
 
     def refresh(self) -> None:
-        """Lets the learner rebuild its dataset (generated data), at the current step."""
+        """Lets the learner renew the data that it generates, at the current step."""
         rng = Rng(self.seeds, self.step, Stream.MAKE)
         with torch.no_grad():
-            self.dataset = self.learner.refresh(self.dataset, rng)  # type: ignore[attr-defined]
+            self.learner.refresh(self.dataset, rng)  # type: ignore[attr-defined]
 
     def seed_state(self, index: int) -> dict[str, Tensor]:
         """The complete state of one seed, on CPU, every tensor led by 1."""

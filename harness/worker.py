@@ -75,7 +75,7 @@ class Progress:
     steps: int
     steps_per_second: float  # gradient steps of the whole stack, not times K
     last_return: float | None = None  # mean over seeds and episodes of the last evaluation
-    phase: str = "train"  # "load", "compile", "train", "evaluate", "done", "interrupted"
+    phase: str = "train"  # load, compile, generate, train, evaluate, done, interrupted
     notice: str = ""
 
 
@@ -509,7 +509,7 @@ class _TrainingRun:
             self.report(Progress(trainer.steps_done, steps, 0.0, phase="compile"))
         while trainer.steps_done < steps and any(self.alive):
             if refresh_every and trainer.steps_done % refresh_every == 0:
-                trainer.refresh()
+                self._refresh(trainer)
             target = _next_boundary(trainer.steps_done, steps, intervals)
             chunk = trainer.advance(target - trainer.steps_done, self._stopping)
             if chunk is None:
@@ -576,6 +576,14 @@ class _TrainingRun:
             for stage in self.stages
             for record in read(self.job.home.spool(stage.id))
         )
+
+    def _refresh(self, trainer: Trainer) -> None:
+        """New generated data; the time is kept apart from that of the steps."""
+        self.report(self._progress(trainer, 0.0, "generate"))
+        started = time.perf_counter()
+        trainer.refresh()
+        passed = time.perf_counter() - started
+        self.timings["generate"] = self.timings.get("generate", 0.0) + passed
 
     def _progress(self, trainer: Trainer, rate: float, phase: str) -> Progress:
         return Progress(

@@ -152,3 +152,31 @@ def test_impossible_levels_are_refused(values):
 def test_no_steps_are_refused():
     with pytest.raises(ValueError, match="0 denoising steps; expected at least 1"):
         Preconditioning().karras_sigmas(0)
+
+
+def test_the_hook_is_called_once_before_each_step_and_its_result_is_used():
+    sigmas = Preconditioning().karras_sigmas(6)
+    seen = []
+
+    def before_step(i, x, sigma):
+        seen.append((i, sigma.item()))
+        return torch.zeros_like(x) if i == 5 else x
+
+    start = 80.0 * rng().normal(16, 2)
+    end = stochastic_heun(gaussian_denoiser, start, sigmas, rng(1), Churn(0.0), before_step)
+    assert seen == [(i, sigmas[i].item()) for i in range(6)]
+    last = gaussian_denoiser(torch.zeros(1, 16, 2), sigmas[5])
+    torch.testing.assert_close(end, last)
+
+
+def test_predicting_from_the_unchurned_point_differs_only_where_noise_was_added():
+    sigmas = Preconditioning().karras_sigmas(12)
+    start = 80.0 * rng().normal(16, 2)
+    for churn, same in ((Churn(0.0), True), (Churn(), False)):
+        found = [
+            stochastic_heun(
+                gaussian_denoiser, start, sigmas, rng(1), churn, predict_from_unchurned=flag
+            )
+            for flag in (False, True)
+        ]
+        assert torch.equal(*found) == same

@@ -8,7 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, edp, idql, iql, rebrac, td3_bc
+from algorithms import (
+    bandit_policies,
+    bc,
+    cql,
+    diffusion_ql,
+    edp,
+    idql,
+    iql,
+    policy_guided,
+    rebrac,
+    td3_bc,
+)
 from algorithms.api import Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
@@ -20,6 +31,7 @@ from algorithms.testing import (
     check_compiled,
     check_recipe,
 )
+from tests import guided
 
 SMALL_BC = bc.Config(hidden_dim=16, batch_size=16)
 SMALL_QL = diffusion_ql.Config(
@@ -122,9 +134,39 @@ CONFIGS = {
 }
 
 
+GUIDED = {
+    "guided": guided.SMALL,
+    "guided_as_in_the_code": replace(
+        guided.SMALL,
+        agent="iql",
+        guidance="additive",
+        guidance_normalize=True,
+        guidance_denoised=True,
+        predict_from_unchurned=True,
+    ),
+    "guided_whole_gradient": replace(
+        guided.SMALL, guidance_jacobian="network", final_row="next_obs", stride=None
+    ),
+    "unguided": replace(guided.SMALL, agent="iql", training_data="unguided"),
+    "world_model": replace(guided.SMALL, training_data="world_model"),
+    "real": replace(guided.SMALL, training_data="real"),
+}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_contract_holds(name):
     check_recipe(*CONFIGS[name])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("guided", "world_model") else pytest.param(name, marks=pytest.mark.slow)
+        for name in GUIDED
+    ],
+)
+def test_contract_holds_for_agents_on_generated_data(name):
+    check_recipe(policy_guided.recipe, GUIDED[name], made=guided.measured_scale())
 
 
 def test_asymmetric_action_bounds_are_kept():

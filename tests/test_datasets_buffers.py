@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms.api import Batch, Dataset
+from algorithms.blocks.windows import window_starts
 from harness.datasets import DatasetError, DataSpec, load
 from harness.datasets.buffers import TransitionDataset, _ends_by_length
 from harness.datasets.layout import Leaf
@@ -215,6 +216,29 @@ def test_segments_are_exactly_the_windows_inside_episodes(
         Batch(**{name: getattr(batch, name)[:, i] for name in FIELDS}) for i in range(len(expected))
     ]
     assert sorted(tuple(rows_of(window)) for window in windows) == expected
+
+
+@given(episodes, st.integers(1, 6), st.integers(1, 4), st.sampled_from(["drop", "keep"]))
+@settings(max_examples=60, deadline=None)
+def test_segments_with_a_stride_are_uniform_over_the_chosen_windows(
+    shape: list[tuple[int, str]], length: int, stride: int, last: str
+) -> None:
+    raw = raw_of([n for n, _ in shape], "".join(e for _, e in shape))
+    dataset = TransitionDataset.from_raw(raw, DataSpec(truncated_last_step=last))
+    rows = brute_force(raw, last == "drop")
+    lengths = np.unique([row[0] for row in rows], return_counts=True)[1]
+    ends = dataset.terminated.numpy(), dataset.truncated.numpy()
+    starts = window_starts(lengths, *ends, length, stride)
+    rng = Everything(1)
+    if not len(starts):
+        with pytest.raises(ValueError, match=r"longest episode|ends in a truncated step"):
+            dataset.segments(rng, 1, length, stride)
+        return
+    batch = dataset.segments(rng, len(starts), length, stride)
+    assert rng.high == len(starts)
+    for i, start in enumerate(starts):
+        window = Batch(**{name: getattr(batch, name)[:, i] for name in FIELDS})
+        assert tuple(rows_of(window)) == tuple(rows[start : start + length])
 
 
 def test_the_next_observation_across_a_time_limit_is_the_real_one() -> None:
@@ -465,7 +489,8 @@ def test_drawing_traces_as_one_graph_with_equal_results() -> None:
 
     def draw() -> tuple[torch.Tensor, ...]:
         first, second = mixed.transitions(rng, 8), mixed.segments(rng, 6, 3)
-        return first.obs, first.reward, second.obs, second.next_obs
+        third = mixed.segments(rng, 6, 3, stride=2)
+        return first.obs, first.reward, second.obs, second.next_obs, third.obs
 
     for eager, traced in zip(
         draw(), torch.compile(draw, fullgraph=True, backend="eager")(), strict=True

@@ -14,9 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, edp, idql, iql, rebrac, td3_bc
+from algorithms import (
+    bandit_policies,
+    bc,
+    cql,
+    diffusion_ql,
+    edp,
+    idql,
+    iql,
+    policy_guided,
+    rebrac,
+    td3_bc,
+)
 from algorithms.blocks.rng import Rng, Stream
-from algorithms.testing import Case, TinyDataset
+from algorithms.testing import Case, TinyDataset, cases
+from tests import guided
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 20
@@ -65,6 +77,11 @@ TRIALS = {
     "cql_lagrange": (cql.recipe, cql.Config(hidden_dim=32, batch_size=32, **LAGRANGE)),
     "iql": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32)),
     "iql_corl": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32, **CORL_IQL)),
+    "policy_guided": (policy_guided.recipe, guided.SMALL),
+    "policy_guided_world_model": (
+        policy_guided.recipe,
+        replace(guided.SMALL, agent="iql", training_data="world_model"),
+    ),
     "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=32, batch_size=32)),
     "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=32, batch_size=32)),
 }
@@ -72,10 +89,14 @@ TRIALS = {
 
 def trial(name: str) -> dict:
     recipe, config = TRIALS[name]
-    case = Case(recipe.stages(config)[0], TinyDataset(), seeds=(0,), steps=STEPS)
+    if len(recipe.stages(config)) == 1:
+        case = Case(recipe.stages(config)[0], TinyDataset(), seeds=(0,), steps=STEPS)
+    else:  # the stages before the last are trained for a few steps
+        *_, case = cases(recipe, config, made=guided.measured_scale())
+        case = replace(case, seeds=case.seeds[:1], steps=STEPS)
     learner = case.build()
     history = case.train(learner)
-    rng = Rng.at_step((0,), STEPS, Stream.EVALUATION)
+    rng = Rng.at_step(case.seeds, STEPS, Stream.EVALUATION)
     with torch.no_grad():
         action = learner.act(torch.linspace(-1, 1, 24).view(1, 8, 3), rng)
     names = dict.fromkeys(name for metrics in history for name in metrics)

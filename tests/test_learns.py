@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from algorithms import policy_guided
+from algorithms.api import StageInput
 from algorithms.bc import BehaviourCloning
 from algorithms.bc import Config as BCConfig
 from algorithms.blocks.ddpm import Diffusion
@@ -21,7 +23,8 @@ from algorithms.blocks.rng import Rng, Stream
 from algorithms.diffusion_ql import Config, DiffusionQL
 from algorithms.edp import Config as EDPConfig
 from algorithms.edp import EfficientDiffusionPolicy
-from algorithms.testing import TinyDataset
+from algorithms.testing import Case, TinyDataset
+from harness.worker import MakeOutput
 from tests.bandit import CORNERS, actions, bandit_dataset, corner_fractions, train
 
 SEEDS = (0, 1)
@@ -90,6 +93,51 @@ def test_edp_moves_to_the_best_corner():
     learner = EfficientDiffusionPolicy(config, dataset.spec, SEEDS)
     learner, _ = train(learner, dataset, SEEDS, 400)
     assert nearest_corner(actions(learner, SEEDS))[:, 3].min() > 0.9
+
+
+@pytest.mark.slow
+def test_an_agent_that_sees_generated_rows_alone_moves_to_the_best_corner():
+    """The diffusion model has learned which corner is paid best; guidance does not hide it."""
+    dataset = bandit_dataset()
+    config = policy_guided.Config(
+        window=2,
+        num_blocks=1,
+        width=32,
+        final_row="next_obs",
+        stride=None,
+        diffusion_steps=1500,
+        diffusion_batch_size=128,
+        diffusion_ema_decay=0.98,
+        denoise_steps=18,
+        num_windows=1024,
+        synthetic_fraction=1.0,
+        refresh_every=200,
+        steps=400,
+        lr=1e-3,
+        hidden_dim=64,
+        normalize_obs=False,
+        q_coef=10.0,
+    )
+    scale, diffusion, agent = policy_guided.stages(config)
+    out = MakeOutput(len(SEEDS))
+    rng = Rng.at_step(SEEDS, 0, Stream.MAKE)
+    scale.function(scale.config, dataset, {}, rng, out)
+    inputs = {"scale": StageInput(scale.config, out.arrays)}
+    model, _ = train(
+        diffusion.learner(diffusion.config, dataset.spec, SEEDS, inputs),
+        dataset,
+        SEEDS,
+        config.diffusion_steps,
+    )
+    inputs["diffusion"] = StageInput(diffusion.config, model.state_dict())
+    learner = agent.learner(config, dataset.spec, SEEDS, inputs)
+    case = Case(agent, dataset, seeds=SEEDS, steps=config.steps)
+    case.train(learner)
+    drawn = actions(learner, SEEDS, 1)[:, 0]
+    assert np.abs(drawn - CORNERS[3]).max() < 0.25, drawn
+    windows = learner.generate(dataset, Rng.at_step(SEEDS, 1, Stream.MAKE), 0.0)
+    shares = nearest_corner(windows.action[:, :, 0].numpy())
+    assert shares.min() > 0.15, "unguided, all corners are kept"
 
 
 @pytest.mark.parametrize(

@@ -176,15 +176,15 @@ def test_the_compiled_step_equals_the_eager_one_and_does_not_depend_on_the_stack
         torch.testing.assert_close(value, stacked.seed_state(1)[name], rtol=1e-3, atol=1e-5)
 
 
-def test_generated_data_replace_the_dataset_on_refresh():
+def test_a_refresh_sees_the_step_and_the_dataset_and_its_result_is_part_of_the_state():
     class Refreshing(Counter):
         def refresh(self, dataset, rng):
-            return (dataset or 0) + int(rng.step[0])
+            self.total.copy_(dataset + rng.step)
 
-    trainer = Trainer(Refreshing(1), None, [0], CPU, False)
+    trainer = Trainer(Refreshing(1), 100, [0], CPU, False)
     trainer.advance(4)
     trainer.refresh()
-    assert trainer.dataset == 4
+    assert trainer.seed_state(0)["total"].tolist() == [104.0]
 
 
 def test_devices_and_compile_modes_are_checked():

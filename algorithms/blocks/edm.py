@@ -147,7 +147,13 @@ class Churn:
 
 
 def stochastic_heun(
-    denoiser: SigmaDenoiser, x: Tensor, sigmas: Tensor, rng: Rng, churn: Churn | None = None
+    denoiser: SigmaDenoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    rng: Rng,
+    churn: Churn | None = None,
+    before_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+    predict_from_unchurned: bool = False,
 ) -> Tensor:
     """EDM's Algorithm 2: noise is added back before each Heun step.
 
@@ -155,6 +161,9 @@ def stochastic_heun(
 
     Args:
         sigmas: decreasing levels on the host or the device; read once.
+        before_step: (index of the step, x, its level) -> x to go on with, before noise is added.
+        predict_from_unchurned: Heun's first step starts from the x without the added noise, as in
+            the code of Policy-Guided Diffusion; Algorithm 2 starts from the x with it.
     """
     churn = churn or Churn()
     steps = len(sigmas) - 1
@@ -162,12 +171,16 @@ def stochastic_heun(
     levels = sigmas.tolist()
     for i in range(steps):
         sigma = sigmas[i]
+        if before_step is not None:
+            x = before_step(i, x, _level(sigma, x))
+        start = x
         rate = churn.rate(levels[i], steps)
         if rate > 0.0:
             raised = sigma * (1.0 + rate)
             added = (raised.square() - sigma.square()).sqrt() * churn.noise
             x, sigma = x + added * noise[..., i, :], raised
-        x = _heun_step(denoiser, x, sigma, sigmas[i + 1], final=i == steps - 1)
+        predict_from = start if predict_from_unchurned else x
+        x = _heun_step(denoiser, x, sigma, sigmas[i + 1], i == steps - 1, predict_from)
     return x
 
 
@@ -189,10 +202,15 @@ def euler_ancestral(denoiser: SigmaDenoiser, x: Tensor, sigmas: Tensor, rng: Rng
 
 
 def _heun_step(
-    denoiser: SigmaDenoiser, x: Tensor, sigma: Tensor, following: Tensor, final: bool
+    denoiser: SigmaDenoiser,
+    x: Tensor,
+    sigma: Tensor,
+    following: Tensor,
+    final: bool,
+    predict_from: Tensor | None = None,
 ) -> Tensor:
     slope = (x - denoiser(x, _level(sigma, x))) / sigma
-    euler_x = x + (following - sigma) * slope
+    euler_x = (x if predict_from is None else predict_from) + (following - sigma) * slope
     if final:  # at level 0 there is no second slope
         return euler_x
     corrected = (euler_x - denoiser(euler_x, _level(following, x))) / following

@@ -54,6 +54,20 @@ def frozen_copy(module: M) -> M:
     return copy.deepcopy(module)
 
 
+def outside_state(module: M) -> M:
+    """The module with its parameters made buffers, and all its buffers left out of its state dict.
+
+    For what comes from another stage's artifact: it is loaded from there every time.
+    """
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach())
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            part.register_buffer(name, buffer, persistent=False)
+    return module
+
+
 def orthogonal(normal: Tensor, gain: float = 1.0) -> Tensor:
     """(Semi-)orthogonal matrices [..., in, out] made of standard normal ones of that shape.
 

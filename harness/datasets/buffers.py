@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from algorithms.api import Batch, Dataset, DatasetSpec, Rng, Statistics
+from algorithms.blocks.windows import window_starts
 from harness.datasets.data_spec import DataSpec
 from harness.datasets.errors import DatasetError
 from harness.datasets.minari import load_raw
@@ -78,6 +79,7 @@ class TransitionDataset:
         order = np.argsort(-remaining, kind="stable")
         self._sorted_remaining = -remaining[order]  # ascending, for searchsorted
         self._by_remaining = torch.from_numpy(order).to(obs.device)
+        self._starts: dict[tuple[int, int], Tensor] = {}  # by (length, stride), on first use
 
     @classmethod
     def from_raw(cls, raw: RawDataset, data: DataSpec) -> TransitionDataset:
@@ -155,14 +157,20 @@ class TransitionDataset:
         index = rng.integers(self.spec.num_steps, batch_size)  # [K, B]
         return self._gather(index, _ALL_FIELDS if next_action else _FIELDS)
 
-    def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
+    def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         """Windows of consecutive transitions, uniform over all that fit: [K, B, L, ...].
 
+        Args:
+            stride: only the windows of `algorithms.blocks.windows.window_starts`.
         Raises:
-            ValueError: if no episode has `length` transitions.
+            ValueError: if there is no such window.
         """
-        choice = rng.integers(self._num_starts(length), batch_size)  # [K, B]
-        start = self._by_remaining[choice]
+        if stride is None:
+            choice = rng.integers(self._num_starts(length), batch_size)  # [K, B]
+            start = self._by_remaining[choice]
+        else:
+            starts = self._strided_starts(length, stride)
+            start = starts[rng.integers(starts.shape[0], batch_size)]
         return self._gather(start.unsqueeze(-1) + torch.arange(length, device=start.device))
 
     def mixed(self, synthetic: Batch, fraction: float) -> Dataset:
@@ -185,6 +193,20 @@ class TransitionDataset:
                 f"{int(self._lengths.max())} transitions. Choose a shorter length"
             )
         return count
+
+    @torch.compiler.assume_constant_result
+    def _strided_starts(self, length: int, stride: int) -> Tensor:
+        if (length, stride) not in self._starts:
+            self._num_starts(length)  # refuses what does not fit
+            ends = self.terminated.cpu().numpy(), self.truncated.cpu().numpy()
+            found = window_starts(self._lengths, *ends, length, stride)
+            if not len(found):
+                raise ValueError(
+                    f"every window of {length} steps in {self.spec.id!r} ends in a truncated step; "
+                    "choose a shorter length, or no stride"
+                )
+            self._starts[length, stride] = torch.from_numpy(found).to(self.device)
+        return self._starts[length, stride]
 
     def _gather(self, index: Tensor, names: tuple[str, ...] = _FIELDS) -> Batch:
         return Batch(**{name: getattr(self, name)[index] for name in names})
@@ -244,7 +266,7 @@ class MixedDataset:
             parts.append(_pick(self._rows, index, names))
         return _joined(parts)
 
-    def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
+    def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         """Windows, of which `round(fraction * batch_size)` are synthetic: [K, B, L, ...].
 
         Raises:
@@ -253,7 +275,7 @@ class MixedDataset:
         made = round(self.fraction * batch_size)
         parts = []
         if made < batch_size:
-            parts.append(self.real.segments(rng, batch_size - made, length))
+            parts.append(self.real.segments(rng, batch_size - made, length, stride))
         if made > 0:
             if self._windows is None or self._windows.reward.shape[2] < length:
                 have = 1 if self._windows is None else self._windows.reward.shape[2]

@@ -105,6 +105,7 @@ def card(dataset_id: str) -> dict[str, Any]:
         "ref_max": entry.ref_max,
         "ref_source": entry.ref_source,
         "default_data": vars(DataSpec()).copy(),
+        "synthetic": _synthetic(metadata),
         "defects": [DEFECTS.get(name, name) for name in defects(entry, raw)],
         "warnings": _version_warnings(metadata),
     }
@@ -127,6 +128,15 @@ def defects(entry: DatasetEntry, raw: RawDataset) -> list[str]:
     if entry.id.startswith("D4RL/kitchen/"):
         found.append("accumulating_subtasks")
     return list(dict.fromkeys(found))
+
+
+def _synthetic(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What generated data were made by and how good they are; None for data that were recorded."""
+    found = metadata.get("harness_synthetic")
+    if not found:
+        return None
+    shown = ("trial", "algorithm", "seed", "source", "coef", "quality")
+    return {name: found[name] for name in shown}
 
 
 def _evaluation(entry: DatasetEntry) -> dict[str, Any] | None:

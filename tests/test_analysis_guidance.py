@@ -1,0 +1,74 @@
+"""Generated data against the strength of guidance: means over seeds, levels, and the figure."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import guidance
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Two labels on one dataset, four seeds, horizon 4; errors grow with index and strength."""
+    rows = [
+        {
+            "dataset_id": "test/a-v0",
+            "label": label,
+            "seed": seed,
+            "coef": coef,
+            "index": index,
+            "dynamics_error": 0.1 * (1 + index) * (2.0 if np.isnan(coef) else 1.0 + coef),
+            "log_density": -1.0 + (0.0 if np.isnan(coef) else coef) + 0.1 * seed,
+            "behaviour_distance": 1.0,
+            "coverage": 0.5,
+            "reward_error": np.nan,
+        }
+        for label, coefs in (("guided", (0.0, 1.0)), ("model", (np.nan,)))
+        for coef in coefs
+        for seed in range(4)
+        for index in range(4)
+    ]
+    path = tmp_path / "synthetic.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+def mean_of(report, label, quantity, coef=None):
+    rows = report.means[(report.means.label == label) & (report.means.quantity == quantity)]
+    (row,) = rows[rows.coef.isna() if coef is None else rows.coef == coef].itertuples()
+    return row
+
+
+def test_numbers_are_means_over_the_horizon_then_over_seeds(file):
+    report = guidance.read(file)
+    assert mean_of(report, "guided", "dynamics_error", 0.0).mean == pytest.approx(0.25)
+    assert mean_of(report, "guided", "dynamics_error", 1.0).mean == pytest.approx(0.5)
+    assert mean_of(report, "model", "dynamics_error").mean == pytest.approx(0.5)
+    assert mean_of(report, "guided", "late_error", 0.0).mean == pytest.approx(0.4)
+    likelihood = mean_of(report, "guided", "log_density", 1.0)
+    assert likelihood.mean == pytest.approx(0.15)
+    assert likelihood.low < 0.15 < likelihood.high
+    assert likelihood.seeds == 4
+    assert "reward_error" not in set(report.means.quantity), "nothing was measured"
+
+
+def test_the_figure_comes_with_its_numbers(file, tmp_path):
+    report = guidance.read(file)
+    paths = guidance.write(report, tmp_path / "out")
+    assert all(path.stat().st_size > 0 for path in paths)
+    (source,) = [path for path in paths if path.suffix == ".json"]
+    assert json.loads(source.read_text())["file_sha256"] == report.digest
+    drawn = guidance.figure(report)
+    assert len(drawn.axes) == 5
+    assert {text.get_text() for text in drawn.legends[0].get_texts()} == {"guided", "model"}
+
+
+def test_another_table_is_refused(tmp_path):
+    path = tmp_path / "other.parquet"
+    pd.DataFrame({"seed": [0]}).to_parquet(path)
+    with pytest.raises(ValueError, match="lacks the columns behaviour_distance"):
+        guidance.read(path)
