@@ -35,7 +35,9 @@ that it takes what it explains already. Both after the code of the submission
 Deviations: (a) log-sum-exp throughout; the code adds 1e-8 to densities, which fails beyond some 6
 dimensions. (b) backbone and heads are MLPs on one flat observation; the paper has a GPT. (c) the
 gate's actions are the teacher's (`gate_data`): demonstrations are samples of p only if p clones
-them. (d) imc's weights are divided by their largest in the batch; Adam does not see a factor.
+them. (d) imc's weights are divided by the
+expert's peak density, a constant while covariances are fixed: the 1e-8 that the code adds would
+drown them in more than a few dimensions.
 """
 
 from __future__ import annotations
@@ -368,9 +370,10 @@ class VDD(nn.Module):
 
 
 def curriculum(mixture: Mixture, action: Tensor) -> Tensor:
-    """Weights q(a|z) q(z) of each expert over its largest in the batch: [K, B, v, C]."""
+    """Weights q(a|z) q(z) / max_a q(a|z) of each expert, plus 1e-8: [K, B, v, C]."""
+    log_peak = 0.5 * action.shape[-1] - mixture.expert_entropy()  # [K, B, C]
     reward = mixture.expert_log_prob(action) + mixture.log_weight.unsqueeze(-2)
-    return torch.exp(reward - reward.amax(dim=(1, 2), keepdim=True)) + 1e-8
+    return torch.exp(reward - log_peak.unsqueeze(-2)) + 1e-8
 
 
 def stages(config: Config) -> tuple[Train | Make, ...]:
