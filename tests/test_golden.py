@@ -14,9 +14,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import (
+    bandit_policies,
+    bc,
+    consistency_distillation,
+    cql,
+    diffusion_bc,
+    diffusion_ql,
+    idql,
+    iql,
+    rebrac,
+    td3_bc,
+    vdd,
+)
+from algorithms.api import Pretrained
 from algorithms.blocks.rng import Rng, Stream
-from algorithms.testing import Case, TinyDataset
+from algorithms.testing import cases
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 20
@@ -27,6 +40,11 @@ SMALL_IDQL = idql.Config(
 CORL_IQL = {"value_in_use": "previous", "q_loss": "mean", "normalize_obs": True}
 LAGRANGE = {"lagrange": True, "target_gap": 0.8, "max_backup": True, "critic_layers": 5}
 SMALL_BANDIT = bandit_policies.Config(hidden_dim=32, batch_size=32)
+SMALL_DIFFUSION_BC = diffusion_bc.Config(hidden_dim=32, batch_size=32)
+TEACHER = Pretrained("diffusion_bc", config={"hidden_dim": 32, "batch_size": 32})
+SMALL_VDD = vdd.Config(
+    teacher=TEACHER, hidden_dim=32, batch_size=32, num_experts=4, gate_states=32, steps=STEPS
+)
 TRIALS = {
     **{
         f"bandit_policy_{policy}_{guidance}": (
@@ -37,6 +55,12 @@ TRIALS = {
     },
     "bc": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32)),
     "bc_gaussian": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32, head="gaussian")),
+    "consistency_distillation": (
+        consistency_distillation.recipe,
+        consistency_distillation.Config(teacher=TEACHER, batch_size=32),
+    ),
+    "diffusion_bc": (diffusion_bc.recipe, SMALL_DIFFUSION_BC),
+    "diffusion_bc_ddpm": (diffusion_bc.recipe, replace(SMALL_DIFFUSION_BC, form="ddpm")),
     "diffusion_ql": (diffusion_ql.recipe, SMALL),
     "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL, bc_only=True)),
     "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
@@ -62,16 +86,20 @@ TRIALS = {
     "iql": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32)),
     "iql_corl": (iql.recipe, iql.Config(hidden_dim=32, batch_size=32, **CORL_IQL)),
     "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=32, batch_size=32)),
+    "vdd": (vdd.recipe, replace(SMALL_VDD, initial_means="kmeans")),
+    "vdd_em": (vdd.recipe, replace(SMALL_VDD, objective="em", covariance="diagonal")),
+    "vdd_imc": (vdd.recipe, replace(SMALL_VDD, objective="imc")),
     "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=32, batch_size=32)),
 }
 
 
 def trial(name: str) -> dict:
     recipe, config = TRIALS[name]
-    case = Case(recipe.stages(config)[0], TinyDataset(), seeds=(0,), steps=STEPS)
+    (*_, last) = cases(recipe, config)  # what it needs is trained for a few steps
+    case = replace(last, seeds=last.seeds[:1] if last.inputs else (0,), steps=STEPS)
     learner = case.build()
     history = case.train(learner)
-    rng = Rng.at_step((0,), STEPS, Stream.EVALUATION)
+    rng = Rng.at_step(case.seeds, STEPS, Stream.EVALUATION)
     with torch.no_grad():
         action = learner.act(torch.linspace(-1, 1, 24).view(1, 8, 3), rng)
     names = dict.fromkeys(name for metrics in history for name in metrics)
