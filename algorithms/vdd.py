@@ -35,9 +35,9 @@ that it takes what it explains already. Both after the code of the submission
 Deviations: (a) log-sum-exp throughout; the code adds 1e-8 to densities, which fails beyond some 6
 dimensions. (b) backbone and heads are MLPs on one flat observation; the paper has a GPT. (c) the
 gate's actions are the teacher's (`gate_data`): demonstrations are samples of p only if p clones
-them. (d) imc's weights are divided by the
-expert's peak density, a constant while covariances are fixed: the 1e-8 that the code adds would
-drown them in more than a few dimensions.
+them. (d) imc's weights are divided by the expert's peak density, a constant while covariances are
+fixed: the 1e-8 that the code adds would drown them in more than a few dimensions. (e) no 1e-8 on
+the gate: its softmax stays a logarithm. (f) one batch of states serves all updates of an iteration.
 """
 
 from __future__ import annotations
@@ -171,13 +171,16 @@ class Experts(nn.Module):
         last.weight.zero_()
         last.bias.copy_(means.flatten(1))
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def means(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and means alone: what acting needs."""
         features = ACTIVATIONS["mish"](self.backbone(obs))
-        count, size, config = self.config.num_experts, self.action_dim, self.config
-        mean = self.mean(features).unflatten(-1, (count, size))
-        raw = self.scale(features).unflatten(-1, (count, -1))
-        scale = scale_of(raw, size, self.full, config.initial_std, config.min_std)
-        return features, mean, scale
+        return features, self.mean(features).unflatten(-1, (-1, self.action_dim))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features, mean = self.means(obs)
+        raw = self.scale(features).unflatten(-1, (self.config.num_experts, -1))
+        stds = self.config.initial_std, self.config.min_std
+        return features, mean, scale_of(raw, self.action_dim, self.full, *stds)
 
 
 class VDD(nn.Module):
@@ -353,15 +356,19 @@ class VDD(nn.Module):
 
     def act_unclamped(self, obs: Tensor, rng: Rng) -> Tensor:
         """The same before it is moved into the bounds, which a Gaussian knows nothing of."""
-        mixture = self.mixture(obs)
+        if self.config.act_noise:
+            mixture = self.corrected(self.mixture(obs))
+        else:  # the scales are not asked for, nor computed
+            features, mean = self.experts.means(self.normalizer(obs))
+            mixture = Mixture(self.log_gate(self.gate, features), mean, mean)
         if self.config.expert_choice == "argmax":
             expert = mixture.log_weight.argmax(dim=-1)
         else:
             expert = mixture.choose(rng.uniform(obs.shape[1]))
-        unit = mixture.mean_of(expert)
         if self.config.act_noise:
-            noise = rng.normal(obs.shape[1], unit.shape[-1])
-            unit = self.corrected(mixture).draw_of(expert, noise)
+            unit = mixture.draw_of(expert, rng.normal(obs.shape[1], mixture.mean.shape[-1]))
+        else:
+            unit = mixture.mean_of(expert)
         return self.bounds.middle + self.bounds.reach * unit
 
     def unit(self, action: Tensor) -> Tensor:

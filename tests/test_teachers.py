@@ -226,6 +226,17 @@ def test_the_students_learning_rate_leaves_the_teacher_and_its_samples_alone(tmp
         assert not set(another.stages) & set(one.stages), changed
 
 
+def test_students_without_a_teacher_do_not_depend_on_one(tmp_path):
+    text = SPEC.replace("NAME", "diffusion_bc").replace("CONFIG", "{}")
+    text = text.replace("algorithm: vdd, config: {", "algorithm: vdd, config: {objective: em, ")
+    one = plan_of(tmp_path, text, "algorithms=[student]")
+    other = plan_of(
+        tmp_path, text, "algorithms=[student]", "algorithms.student.config.teacher.config.lr=0.5"
+    )
+    assert set(one.stages) == set(other.stages)
+    assert {stage.name for stage in one.stages.values()} == {"student"}
+
+
 def test_few_steps_of_a_teacher_need_no_training_of_their_own(tmp_path):
     text = """
 name: steps

@@ -353,7 +353,8 @@ def act(learner, count: int = 2000):
 def test_acting_is_one_pass_and_gives_means_as_often_as_the_gate_says():
     learner = student(num_experts=4, seeds=SEEDS, initial_bound=0.8)
     calls = []
-    for part in (learner.experts, learner.experts.backbone, learner.gate):
+    parts = (learner.experts.backbone, learner.experts.mean, learner.experts.scale, learner.gate)
+    for part in parts:
         part.register_forward_hook(lambda module, given, out: calls.append(module))
 
     def refuse(*_):
@@ -361,7 +362,7 @@ def test_acting_is_one_pass_and_gives_means_as_often_as_the_gate_says():
 
     learner.score = Exact(refuse)
     action = act(learner)
-    assert calls == [learner.experts.backbone, learner.experts, learner.gate]
+    assert calls == [learner.experts.backbone, learner.experts.mean, learner.gate]
     mixture = at_zero(learner)
     distance = (action.unsqueeze(2) - mixture.mean).norm(dim=-1)  # [K, N, C]
     assert distance.amin(dim=-1).max() < 1e-5
