@@ -50,7 +50,7 @@ ACTING = ("act_steps", "sampler", "spacing", "rho")  # fields that training does
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults: BESO's on Kitchen where it has one; the network is ours."""
+    """Defaults: BESO's on Kitchen, but EDM's own deterministic sampler; the network is ours."""
 
     steps: int = 40_000  # gradient steps (BESO, Kitchen)
     form: str = "edm"  # edm | ddpm
@@ -64,10 +64,10 @@ class Config:
     sigma_max: float = 1.0  # edm: largest level (BESO)
     denoise_steps: int = 50  # ddpm: levels of the chain, at least 50 (ours; D3IL 8 to 16)
     schedule: str = "cosine"  # ddpm: cosine (D3IL) | vp | linear
-    act_steps: int = 8  # levels while acting; a DDPM has at most denoise_steps (BESO 3 to 64)
-    sampler: str = "ddim"  # ddim (BESO; Euler's rule) | heun | ancestral (D3IL)
-    spacing: str = "exponential"  # edm: of the levels while acting, exponential (BESO) | karras
-    rho: float = 5.0  # edm: of the karras spacing (BESO)
+    act_steps: int = 18  # levels while acting, at most a DDPM's (EDM; BESO and D3IL 3 to 64)
+    sampler: str = "heun"  # heun (EDM) | ddim (BESO; Euler's rule) | ancestral (D3IL)
+    spacing: str = "karras"  # edm: of the levels while acting, karras (EDM) | exponential (BESO)
+    rho: float = 7.0  # edm: of the karras spacing (EDM; 5 in BESO)
 
     def __post_init__(self) -> None:
         for name, allowed in (

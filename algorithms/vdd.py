@@ -100,7 +100,8 @@ class Config:
     initial_std: float = 1.0  # of every expert, actions in [-1, 1]
     min_std: float = 1e-4  # smallest diagonal entry of L
     imc_fixed_covariance: bool = True  # imc: train means alone (code)
-    hidden_dim: int = 256  # width of backbone (3 layers) and heads (1), Mish (ours)
+    hidden_dim: int = 256  # width of backbone (3 layers) and heads (1) (ours)
+    activation: str = "silu"  # silu | mish | relu (ours; released: mish asked for, PReLU found)
     gate_hidden_dim: int = 64  # width of the gate's 2 layers
     expert_choice: str = "sample"  # sample (from the gate) | argmax
     act_noise: bool = False  # act by a draw of the expert instead of its mean
@@ -113,6 +114,7 @@ class Config:
             ("ddpm_score", ("released", "unbiased")),
             ("gate_data", ("teacher", "demonstrations")),
             ("initial_means", ("uniform", "kmeans")),
+            ("activation", ("silu", "mish", "relu")),
             ("expert_choice", ("sample", "argmax")),
         ):
             if getattr(self, name) not in allowed:
@@ -160,8 +162,10 @@ class Experts(nn.Module):
         self.config, self.action_dim = config, action_dim
         self.full = config.covariance == "full"
         width, count = config.hidden_dim, config.num_experts
-        self.backbone = MLP(rng, (obs_dim, width, width, width), "mish")
-        head = partial(MLP, rng, activation="mish", orthogonal_gain=1.0, output_gain=0.01)
+        self.backbone = MLP(rng, (obs_dim, width, width, width), config.activation)
+        head = partial(
+            MLP, rng, activation=config.activation, orthogonal_gain=1.0, output_gain=0.01
+        )
         self.mean = head((width, width, count * action_dim))
         self.scale = head((width, width, count * scale_size(action_dim, self.full)))
 
@@ -173,7 +177,7 @@ class Experts(nn.Module):
 
     def means(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Features and means alone: what acting needs."""
-        features = ACTIVATIONS["mish"](self.backbone(obs))
+        features = ACTIVATIONS[self.config.activation](self.backbone(obs))
         return features, self.mean(features).unflatten(-1, (-1, self.action_dim))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +210,7 @@ class VDD(nn.Module):
         self.normalizer = Normalizer(rng.num_seeds, statistics.obs_mean, statistics.obs_std)
         self.experts = Experts(rng, config, spec.obs_dim, spec.action_dim)
         width, count = config.gate_hidden_dim, config.num_experts
-        self.gate = MLP(rng, (config.hidden_dim, width, width, count), "mish")
+        self.gate = MLP(rng, (config.hidden_dim, width, width, count), config.activation)
         self.expert_optim = Adam(self.experts, config.lr)
         self.gate_optim = Adam(self.gate, config.lr)
         if config.objective == "vdd":
