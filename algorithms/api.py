@@ -7,7 +7,7 @@ dim, `N` environments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -170,7 +170,11 @@ class StageInput:
 
 @dataclass(frozen=True)
 class Train:
-    """A stage that learns for `steps` gradient steps."""
+    """A stage that learns for `steps` gradient steps.
+
+    With 0 steps (allowed if it needs something) it only acts, in a way of its own, with what an
+    earlier stage has learned.
+    """
 
     name: str
     learner: type
@@ -178,6 +182,8 @@ class Train:
     steps: int
     needs: tuple[str, ...] = ()
     per_seed: bool = True  # False: one result shared by all seeds
+    recipe: Recipe | None = None  # whose stage it is, if not the declaring recipe's: see `borrowed`
+    recipe_config: Any = None  # that recipe's config
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,36 @@ class Make:
     config: Any
     needs: tuple[str, ...] = ()
     per_seed: bool = True
+    recipe: Recipe | None = None
+    recipe_config: Any = None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A config field that names another algorithm, whose trained policy this one starts from.
+
+    In a spec it is `{algorithm: ..., preset: ..., config: {...}}`. When the spec is resolved,
+    `config` is laid over that algorithm's own hyperparameters for the dataset and completed, and
+    its revision is noted: the field then holds all that its own trial would.
+    """
+
+    algorithm: str = ""
+    preset: str = ""  # of the algorithm's hyperparameter file; blank once resolved
+    config: Mapping[str, Any] = field(default_factory=dict)
+    revision: int = 0  # follows from what is installed; 0 before the spec is resolved
+
+    def config_of(self, recipe: Recipe) -> Any:
+        """The other algorithm's config.
+
+        Raises:
+            ValueError: if another revision of it is installed than was noted.
+        """
+        if self.revision not in (0, recipe.revision):
+            raise ValueError(
+                f"{recipe.name} is wanted at revision {self.revision}, but revision "
+                f"{recipe.revision} is installed; load the experiment again"
+            )
+        return recipe.config(**self.config)
 
 
 @dataclass(frozen=True)
@@ -206,3 +242,15 @@ class Recipe:
     summary: str = ""
     paper: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def borrowed(recipe: Recipe, config: Any) -> tuple[Train | Make, ...]:
+    """The stages of another recipe, to stand before one's own.
+
+    They keep their identity: what runs is a stage of that recipe, cached for its own trials and for
+    all that borrow it.
+    """
+    return tuple(
+        replace(stage, recipe=stage.recipe or recipe, recipe_config=stage.recipe_config or config)
+        for stage in recipe.stages(config)
+    )

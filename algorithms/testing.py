@@ -452,26 +452,25 @@ def cases(
     dataset: Any = None,
     made: Mapping[str, StageInput] | None = None,
 ) -> Iterator[Case]:
-    """A case for each `Train` stage, with the stages it needs trained for a few steps.
+    """A case for each `Train` stage, with the stages it needs trained for a few steps or made.
 
     Args:
         config: default `recipe.config()`; pass a small one.
-        made: the results of `Make` stages, led by one row that every seed shares.
-    Raises:
-        ValueError: for a `Make` stage without an entry in `made`.
+        made: results to take for `Make` stages instead of computing them, led by one row that
+            every seed shares.
     """
     config = recipe.config() if config is None else config
     dataset = TinyDataset() if dataset is None else dataset
     done: dict[str, dict[int, StageInput]] = {}
     for stage in recipe.stages(config):
         if isinstance(stage, Make):
-            if stage.name not in (made or {}):
-                raise ValueError(
-                    f"stage {stage.name!r} of {recipe.name} is a Make; pass its result in `made`"
-                )
-            done[stage.name] = dict.fromkeys(Case.seeds, (made or {})[stage.name])
+            if stage.name in (made or {}):
+                done[stage.name] = dict.fromkeys(Case.seeds, (made or {})[stage.name])
+            else:
+                done[stage.name] = make(stage, dataset, done)
             continue
-        case = Case(stage, dataset, {name: done[name] for name in stage.needs})
+        inputs = {name: done[name] for name in stage.needs}
+        case = Case(stage, dataset, inputs, steps=min(Case.steps, stage.steps))
         yield case
         learner = case.build()
         case.train(learner)
@@ -479,6 +478,39 @@ def cases(
         done[stage.name] = {
             seed: StageInput(stage.config, _seed_of(state, i)) for i, seed in enumerate(case.seeds)
         }
+
+
+class MadeArrays(State):
+    """What a `Make` stage is given as `out`, in memory."""
+
+    def array(self, name: str, values: Tensor) -> None:
+        self[name] = values.clone()
+
+
+def make(
+    stage: Make, dataset: Any, done: Mapping[str, Mapping[int, StageInput]]
+) -> dict[int, StageInput]:
+    """The result of a `Make` stage for each seed, which must be the same in a stack and alone.
+
+    Raises:
+        ContractError: if it is not.
+    """
+
+    def run(seeds: Sequence[int]) -> MadeArrays:
+        inputs = {name: _join([done[name][seed] for seed in seeds]) for name in stage.needs}
+        out = MadeArrays()
+        with torch.no_grad(), one_thread():
+            rng = Rng.at_step(seeds, 0, Stream.MAKE)
+            stage.function(stage.config, dataset, inputs, rng, out)
+        return out
+
+    together = run(Case.seeds)
+    for i, seed in enumerate(Case.seeds):
+        rule = f"stage {stage.name}: seed {seed} in a stack must equal itself alone"
+        _same(_seed_of(together, i), run([seed]), rule)
+    return {
+        seed: StageInput(stage.config, _seed_of(together, i)) for i, seed in enumerate(Case.seeds)
+    }
 
 
 def check_recipe(
@@ -489,15 +521,18 @@ def check_recipe(
 ) -> None:
     """Runs every quick check on every `Train` stage of a recipe, and act on the last.
 
+    Borrowed stages are run, not checked: their own recipe is.
+
     Raises:
         ContractError: naming the stage, the check and what was seen.
-        ValueError: for a `Make` stage without an entry in `made`.
     """
     config = recipe.config() if config is None else config
     if not any(f.name == "steps" for f in fields(config)):
         raise ContractError(f"{recipe.name}: the config has no field `steps`")
     last = recipe.stages(config)[-1]
     for case in cases(recipe, config, dataset, made):
+        if case.stage.recipe is not None:
+            continue
         for check in (*CHECKS, check_policy) if case.stage == last else CHECKS:
             try:
                 check(case)

@@ -38,7 +38,9 @@ class Drawn:
 
     Columns: `trial_id`, `label`, `algorithm`, `dataset_id`, `seed`, `draw` (0, 1, ...), `row` (the
     transition whose observation it was), `obs_*`, `action_*`, and `unclamped_*`: the same draws
-    before they are moved into the bounds, where the policy has `act_unclamped`.
+    before they are moved into the bounds, where the policy has `act_unclamped`. Of a policy with
+    `log_density` also `log_density`, at the unclamped draw, and `data_log_density`, at the
+    transition's own action.
     """
 
     table: pd.DataFrame
@@ -97,6 +99,10 @@ def _table(trial: TrialSpec, trainer: Trainer, dataset: Any, count: int) -> pd.D
     }
     for name, values in (("obs", obs.cpu().numpy()), ("action", action), ("unclamped", free)):
         columns |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
+    if hasattr(trainer.learner, "log_density"):
+        data = dataset.action[torch.from_numpy(rows).to(trainer.device)]
+        columns["log_density"] = _log_density(trainer, obs, torch.from_numpy(free))
+        columns["data_log_density"] = _log_density(trainer, obs, data)
     return pd.DataFrame(columns)
 
 
@@ -117,6 +123,18 @@ def _act(trainer: Trainer, obs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
                 found[name].append(call(part, rng)[0].cpu().numpy())
     drawn = {name: np.concatenate(parts) for name, parts in found.items()}
     return drawn.get("unclamped", drawn["action"]), drawn["action"]
+
+
+def _log_density(trainer: Trainer, obs: torch.Tensor, action: torch.Tensor) -> np.ndarray:
+    """log density of the policy of a trainer's one seed at actions [N, A]: [N]."""
+    policy: Any = trainer.learner
+    parts = []
+    for start in range(0, len(obs), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        with torch.no_grad():
+            found = policy.log_density(obs[None, rows], action[None, rows].to(obs.device))
+        parts.append(found[0].cpu().numpy())
+    return np.concatenate(parts)
 
 
 def write_parquet(table: pd.DataFrame, path: Path, about: Mapping[str, Any]) -> None:

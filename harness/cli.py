@@ -862,6 +862,31 @@ def guidance(
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
+@app.command()
+def ring(
+    file: Annotated[Path, typer.Argument(help="What `harness actions` wrote for the 2-D ring.")],
+    out: Annotated[Path, typer.Option(help="Folder of report, numbers and figure.")] = Path("ring"),
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge and draw VDD's ring of eight modes: divergence, covered modes, figure."""
+    from analysis import ring as report
+
+    built = report.build(file, seed)
+    paths = report.write(built, out)
+    if as_json:
+        numbers = json.loads(built.numbers.to_json(orient="records"))
+        print(json.dumps({"numbers": numbers, "files": [str(path) for path in paths]}))
+        return
+    header, body = report.rows(built)
+    table = Table(*header)
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
 # ---------------------------------------------------------------------------------- quickstart
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from algorithms.api import DatasetSpec
 
 BANDIT_ID = "offline_rl_harness/Bandit2D-v0"
+RING_ID = "offline_rl_harness/Ring2D-v0"
 
 # The cell that holds the one fixed goal, as in maze2d.
 _GOAL_CELL = {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}
@@ -274,6 +275,8 @@ def _explicit(entry: DatasetEntry) -> EnvironmentSpec | None:
         )
     if entry.id == "generated/bandit2d-v0":
         return EnvironmentSpec(BANDIT_ID, protocol="one step, noise-free reward")
+    if entry.id == "generated/ring2d-v0":
+        return EnvironmentSpec(RING_ID, protocol="one step, 1 near a mode and 0 elsewhere")
     if entry.relation in ("original", "regenerated") and entry.max_episode_steps:
         # D4RL's constants are returns over D4RL's horizon: 100 steps for pen, not today's 200.
         kwargs = {"reward_type": "dense"} if entry.env_id.startswith("Adroit") else {}
@@ -394,5 +397,41 @@ class Bandit2D(gym.Env):
         return np.zeros(2, np.float32), float(self.MEANS[corner]), True, False, info
 
 
+class Ring2D(gym.Env):
+    """VDD's 2-D toy: one step, eight modes at radius 2, one state.
+
+    The reward is 1 within two standard deviations of the nearest mode and 0 elsewhere.
+    """
+
+    STD = 0.5
+    BOUND = 4.0
+    SUPPORT_RADIUS = 2 * STD
+    ANGLES = np.arange(8) * np.pi / 4
+    CENTRES = 2.0 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1)
+
+    metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's interface)
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.action_space = spaces.Box(-self.BOUND, self.BOUND, (2,), np.float32)
+
+    @classmethod
+    def distance(cls, action: np.ndarray) -> np.ndarray:
+        """Of actions [..., 2] from the nearest mode."""
+        return np.linalg.norm(np.asarray(action)[..., None, :] - cls.CENTRES, axis=-1).min(axis=-1)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        near = self.distance(np.clip(action, -self.BOUND, self.BOUND)) <= self.SUPPORT_RADIUS
+        return np.zeros(2, np.float32), float(near), True, False, {}
+
+
+if RING_ID not in gym.registry:
+    gym.register(id=RING_ID, entry_point="harness.environments:Ring2D", max_episode_steps=1)
 if BANDIT_ID not in gym.registry:
     gym.register(id=BANDIT_ID, entry_point="harness.environments:Bandit2D", max_episode_steps=1)

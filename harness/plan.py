@@ -395,10 +395,11 @@ def unique_stages(
         config, parts = declared[key]
         own: dict[str, Stage] = {}
         for part in parts:
+            owner = part.recipe or recipe  # a borrowed stage is the one of its owner's own trials
             stage = Stage(
                 id="",
-                algorithm=trial.algorithm,
-                revision=trial.revision,
+                algorithm=owner.name,
+                revision=owner.revision,
                 name=part.name,
                 kind="train" if isinstance(part, Train) else "make",
                 config=part.config,
@@ -409,7 +410,7 @@ def unique_stages(
                 seed=trial.seed if part.per_seed else None,
                 needs={need: own[need].id for need in part.needs},
                 precision=trial.precision,
-                recipe_config=config,
+                recipe_config=config if part.recipe is None else part.recipe_config,
                 need_configs={need: own[need].config for need in part.needs},
             )
             own[part.name] = stage = replace(stage, id=content_hash(stage.identity()))

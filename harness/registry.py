@@ -230,8 +230,12 @@ def stages_of(recipe: Recipe, config: Any) -> tuple[Train | Make, ...]:
 
 
 def _check_train(stage: Train, where: str) -> None:
-    if not isinstance(stage.steps, int) or isinstance(stage.steps, bool) or stage.steps < 1:
-        raise RecipeError(f"{where}: steps is {stage.steps!r}; expected an int of at least 1")
+    least = 0 if stage.needs else 1
+    if not isinstance(stage.steps, int) or isinstance(stage.steps, bool) or stage.steps < least:
+        raise RecipeError(
+            f"{where}: steps is {stage.steps!r}; expected an int of at least 1, or 0 for a stage "
+            "that only acts with what it needs"
+        )
     if not isinstance(stage.learner, type):
         raise RecipeError(f"{where}: learner {stage.learner!r} is not a class")
     for method in ("sample", "update", "state_dict", "load_state_dict"):

@@ -854,9 +854,10 @@ class _Resolver:
             if _is_for(case, label, recipe) and _is_about(case, dataset)
         ]
         layers += document.command_line_layers(label)
-        fields = field_types(recipe.config)
-        config: dict[str, Any] = {}
-        data: dict[str, Any] = {}
+        where = f"{document.file}{label} on {dataset.entry.id}"
+        upstream, data, sources = self._upstream(recipe, layers, dataset, at(where, "config"))
+        config: dict[str, Any] = dict(upstream)
+        fields = field_types(recipe.config).keys() - upstream.keys()
         protocol: dict[str, Any] = {}
         precision: Precision = "float32"
         for layer in layers:
@@ -864,7 +865,6 @@ class _Resolver:
             config.update({key: item for key, item in layer.config.items() if key in fields})
             data.update(layer.data)
             protocol.update(layer.evaluation)
-        where = f"{document.file}{label} on {dataset.entry.id}"
         resolved = config_from_dict(recipe.config, config, at(where, "config"))
         if resolved.steps < 1:
             raise SpecError(f"{where}: steps is {resolved.steps}; expected at least 1")
@@ -888,10 +888,66 @@ class _Resolver:
             dataset.entry.id,
             dataset.entry.requested,
             dataset.entry.relation,
-            hparams.source,
+            _joined(hparams.source, sources),
             getattr(dataset.entry, "note", ""),
         )
         return trial, origin
+
+    def _upstream(
+        self, recipe: Recipe, layers: Sequence[_Layer], dataset: _Dataset, place: str
+    ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+        """The algorithms that a config names as its `Pretrained` fields, each complete.
+
+        Returns:
+            Those fields; the data transforms the algorithms ask for on this dataset, which lie
+            under the trial's own, since its stages share their data; where the settings come from.
+        """
+        from algorithms.api import Pretrained
+        from harness.registry import RecipeError, UnknownAlgorithmError, hparams_for
+
+        found: dict[str, Any] = {}
+        data: dict[str, Any] = {}
+        sources = []
+        for name, annotation in field_types(recipe.config).items():
+            if annotation is not Pretrained:
+                continue
+            where = at(place, name)
+            asked = _said(getattr(recipe.config(), name), where)
+            for layer in layers:
+                if name in layer.config:
+                    asked = _over(asked, _said(layer.config[name], where))
+            try:
+                other = self.registry.get(asked.get("algorithm", ""))
+            except (UnknownAlgorithmError, RecipeError) as error:
+                raise SpecError(f"{at(where, 'algorithm')}: {error}") from error
+            hparams = hparams_for(other, dataset.names, asked.get("preset", ""))
+            values = {**hparams.config, **asked.get("config", {})}
+            config = config_to_dict(config_from_dict(other.config, values, at(where, "config")))
+            found[name] = Pretrained(other.name, "", config, other.revision)
+            data.update(hparams.data)
+            sources.append(f"{name} {other.name}: {hparams.source}")
+        return found, data, sources
+
+
+def _joined(source: str, others: Sequence[str]) -> str:
+    """`block (source)` with where other settings come from inside the parentheses."""
+    if not others:
+        return source
+    block, _, own = source.removesuffix(")").partition(" (")
+    return f"{block} ({'; '.join(filter(None, [own, *others]))})"
+
+
+def _said(value: Any, place: str) -> dict[str, Any]:
+    """What is said of a `Pretrained` field; blank entries say nothing."""
+    given = config_to_dict(value) if dataclasses.is_dataclass(value) else value
+    return {key: item for key, item in expect_mapping(given, place).items() if item}
+
+
+def _over(before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` laid over `before`, unless it names another algorithm: then it stands alone."""
+    if given.get("algorithm", before.get("algorithm")) != before.get("algorithm"):
+        return dict(given)
+    return {**before, **given, "config": {**before.get("config", {}), **given.get("config", {})}}
 
 
 def _is_for(case: _Case, label: str, recipe: Recipe) -> bool:

@@ -465,7 +465,7 @@ class _TrainingRun:
         evaluations = self._evaluations(dataset.spec)
         self.timings["load"] += time.perf_counter() - started
         try:
-            if self.trained:
+            if self.trained or not self.declared.steps:
                 for evaluation in evaluations:
                     self._evaluate(trainer, evaluation)
                 return self._finish(trainer)

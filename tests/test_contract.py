@@ -11,7 +11,9 @@ from torch import nn
 from algorithms import (
     bandit_policies,
     bc,
+    consistency_distillation,
     cql,
+    diffusion_bc,
     diffusion_ql,
     edp,
     idql,
@@ -19,8 +21,9 @@ from algorithms import (
     policy_guided,
     rebrac,
     td3_bc,
+    vdd,
 )
-from algorithms.api import Recipe, Train
+from algorithms.api import Pretrained, Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng, Stream
@@ -66,6 +69,16 @@ CORL_IQL = {
 }
 # Two samples of eight rows: the batch of 16 that is safe, see above.
 SMALL_BANDIT = bandit_policies.Config(hidden_dim=16, batch_size=8, mmd_samples=2)
+SMALL_DIFFUSION_BC = diffusion_bc.Config(hidden_dim=16, batch_size=16)
+TEACHER = Pretrained("diffusion_bc", config={"hidden_dim": 16, "batch_size": 16, "act_steps": 2})
+SMALL_VDD = vdd.Config(
+    teacher=TEACHER,
+    hidden_dim=16,
+    gate_hidden_dim=16,
+    batch_size=16,
+    num_experts=4,
+    gate_states=16,
+)
 CONFIGS = {
     **{
         f"bandit_policy_{policy}_{guidance}": (
@@ -81,6 +94,18 @@ CONFIGS = {
     ),
     "bc": (bc.recipe, SMALL_BC),
     "bc_gaussian": (bc.recipe, replace(SMALL_BC, head="gaussian", sample_actions=True)),
+    "consistency_distillation": (
+        consistency_distillation.recipe,
+        consistency_distillation.Config(teacher=TEACHER, batch_size=16, num_levels=4),
+    ),
+    "diffusion_bc": (
+        diffusion_bc.recipe,
+        replace(SMALL_DIFFUSION_BC, act_steps=2, sampler="heun", spacing="karras"),
+    ),
+    "diffusion_bc_ddpm": (
+        diffusion_bc.recipe,
+        replace(SMALL_DIFFUSION_BC, form="ddpm", sampler="ancestral", act_steps=3),
+    ),
     "diffusion_ql": (diffusion_ql.recipe, SMALL_QL),
     "edp": (edp.recipe, SMALL_EDP),
     "edp_ddpm100": (edp.recipe, replace(SMALL_EDP, sampler="ancestral")),
@@ -126,6 +151,26 @@ CONFIGS = {
     "iql": (iql.recipe, iql.Config(hidden_dim=16, batch_size=16)),
     "iql_corl": (iql.recipe, iql.Config(hidden_dim=16, batch_size=16, **CORL_IQL)),
     "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=16, batch_size=16)),
+    "vdd": (
+        vdd.recipe,
+        replace(SMALL_VDD, initial_means="kmeans", act_noise=True, correct_covariance=True),
+    ),
+    "vdd_chain": (  # a teacher with a critic and a chain, demonstrations for the gate
+        vdd.recipe,
+        replace(
+            SMALL_VDD,
+            teacher=Pretrained(
+                "diffusion_ql",
+                config={"hidden_dim": 16, "batch_size": 16, "denoise_steps": 20},
+            ),
+            gate_data="demonstrations",
+            covariance="diagonal",
+            ddpm_score="unbiased",
+            expert_choice="argmax",
+        ),
+    ),
+    "vdd_em": (vdd.recipe, replace(SMALL_VDD, objective="em", initial_means="kmeans")),
+    "vdd_imc": (vdd.recipe, replace(SMALL_VDD, objective="imc", covariance="diagonal")),
     "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=16, batch_size=16)),
     "td3_bc_every_3rd": (
         td3_bc.recipe,
@@ -173,6 +218,7 @@ def test_asymmetric_action_bounds_are_kept():
     dataset = TinyDataset()
     dataset.spec = replace(dataset.spec, action_low=(-1.0, 0.0), action_high=(2.0, 0.5))
     names = ("bc", "bc_gaussian", "cql", "diffusion_ql", "idql", "iql", "rebrac", "td3_bc")
+    names += ("diffusion_bc_ddpm", "vdd_chain")
     for name in (*names, *(name for name in CONFIGS if name.startswith("bandit_policy"))):
         check_recipe(*CONFIGS[name], dataset=dataset)
 

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from harness import datasets
 from harness.datasets import DatasetError, DataSpec, load, load_raw
-from harness.datasets.bandit2d import make_bandit2d
+from harness.datasets.bandit2d import make_bandit2d, make_ring2d
 from harness.datasets.cli import app
 from harness.datasets.pointmaze import make_pointmaze, shortest_path
-from harness.environments import Bandit2D, pointmaze_map
+from harness.environments import Bandit2D, Ring2D, evaluation_environment, pointmaze_map
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,24 @@ def test_bandit_data_have_the_papers_distribution() -> None:
     assert load("generated/bandit2d-v0").spec.num_steps == 4000
     entry = datasets.resolve("generated/bandit2d-v0")
     assert (entry.relation, entry.ref_min, entry.ref_max) == ("generated", 2.375, 5.0)
+
+
+def test_ring_data_are_eight_gaussians_and_score_as_its_environment_does() -> None:
+    raw = make_ring2d(seed=1, steps=4000)
+    assert (raw.num_episodes, raw.terminated.all(), raw.obs.any()) == (4000, True, False)
+    offset = (raw.action - Ring2D.CENTRES[np.repeat(np.arange(8), 500)]).reshape(8, 500, 2)
+    assert np.abs(offset.mean(1)).max() < 4 * 0.5 / np.sqrt(500)
+    np.testing.assert_allclose(offset.std(), 0.5, rtol=0.05)
+    env = evaluation_environment("generated/ring2d-v0").make()
+    for action, reward in zip(raw.action[::400], raw.reward[::400], strict=True):
+        env.reset(seed=0)
+        _, found, terminated, _, _ = env.step(action)
+        assert (found, terminated) == (reward, True)
+    assert raw.reward.mean() > 0.85
+    env.reset(seed=0)
+    assert env.step(np.zeros(2))[1] == 0.0
+    with pytest.raises(ValueError, match="multiple of 8"):
+        make_ring2d(steps=10)
 
 
 def test_a_seed_decides_the_content() -> None:

@@ -14,6 +14,7 @@ from harness.datasets import DatasetError
 from harness.datasets.writing import write_dataset
 from harness.environments import (
     BANDIT_ID,
+    RING_ID,
     Bandit2D,
     EnvironmentSpec,
     check_fit,
@@ -45,6 +46,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("D4RL/door/cloned-v2", "AdroitHandDoor-v1", 200, 39, True),
         ("mujoco/hopper/medium-v0", "Hopper-v5", 1000, 11, True),
         ("generated/bandit2d-v0", BANDIT_ID, None, 2, False),
+        ("generated/ring2d-v0", RING_ID, None, 2, False),
     ],
 )
 def test_every_family_builds_with_flat_float32_observations(

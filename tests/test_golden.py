@@ -17,7 +17,9 @@ import torch
 from algorithms import (
     bandit_policies,
     bc,
+    consistency_distillation,
     cql,
+    diffusion_bc,
     diffusion_ql,
     edp,
     idql,
@@ -25,9 +27,11 @@ from algorithms import (
     policy_guided,
     rebrac,
     td3_bc,
+    vdd,
 )
+from algorithms.api import Pretrained
 from algorithms.blocks.rng import Rng, Stream
-from algorithms.testing import Case, TinyDataset, cases
+from algorithms.testing import cases
 from tests import guided
 
 FOLDER = Path(__file__).parent / "golden"
@@ -39,6 +43,11 @@ SMALL_IDQL = idql.Config(
 CORL_IQL = {"value_in_use": "previous", "q_loss": "mean", "normalize_obs": True}
 LAGRANGE = {"lagrange": True, "target_gap": 0.8, "max_backup": True, "critic_layers": 5}
 SMALL_BANDIT = bandit_policies.Config(hidden_dim=32, batch_size=32)
+SMALL_DIFFUSION_BC = diffusion_bc.Config(hidden_dim=32, batch_size=32)
+TEACHER = Pretrained("diffusion_bc", config={"hidden_dim": 32, "batch_size": 32})
+SMALL_VDD = vdd.Config(
+    teacher=TEACHER, hidden_dim=32, batch_size=32, num_experts=4, gate_states=32, steps=STEPS
+)
 TRIALS = {
     **{
         f"bandit_policy_{policy}_{guidance}": (
@@ -49,6 +58,12 @@ TRIALS = {
     },
     "bc": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32)),
     "bc_gaussian": (bc.recipe, bc.Config(hidden_dim=32, batch_size=32, head="gaussian")),
+    "consistency_distillation": (
+        consistency_distillation.recipe,
+        consistency_distillation.Config(teacher=TEACHER, batch_size=32),
+    ),
+    "diffusion_bc": (diffusion_bc.recipe, SMALL_DIFFUSION_BC),
+    "diffusion_bc_ddpm": (diffusion_bc.recipe, replace(SMALL_DIFFUSION_BC, form="ddpm")),
     "diffusion_ql": (diffusion_ql.recipe, SMALL),
     "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL, bc_only=True)),
     "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
@@ -83,17 +98,17 @@ TRIALS = {
         replace(guided.SMALL, agent="iql", training_data="world_model"),
     ),
     "rebrac": (rebrac.recipe, rebrac.Config(hidden_dim=32, batch_size=32)),
+    "vdd": (vdd.recipe, replace(SMALL_VDD, initial_means="kmeans")),
+    "vdd_em": (vdd.recipe, replace(SMALL_VDD, objective="em", covariance="diagonal")),
+    "vdd_imc": (vdd.recipe, replace(SMALL_VDD, objective="imc")),
     "td3_bc": (td3_bc.recipe, td3_bc.Config(hidden_dim=32, batch_size=32)),
 }
 
 
 def trial(name: str) -> dict:
     recipe, config = TRIALS[name]
-    if len(recipe.stages(config)) == 1:
-        case = Case(recipe.stages(config)[0], TinyDataset(), seeds=(0,), steps=STEPS)
-    else:  # the stages before the last are trained for a few steps
-        *_, case = cases(recipe, config, made=guided.measured_scale())
-        case = replace(case, seeds=case.seeds[:1], steps=STEPS)
+    (*_, last) = cases(recipe, config)  # what it needs is trained for a few steps
+    case = replace(last, seeds=last.seeds[:1] if last.inputs else (0,), steps=STEPS)
     learner = case.build()
     history = case.train(learner)
     rng = Rng.at_step(case.seeds, STEPS, Stream.EVALUATION)

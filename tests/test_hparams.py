@@ -10,20 +10,38 @@ from pathlib import Path
 import pytest
 import yaml
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, edp, idql, iql, rebrac, td3_bc
+from algorithms import (
+    bandit_policies,
+    bc,
+    consistency_distillation,
+    cql,
+    diffusion_bc,
+    diffusion_ql,
+    edp,
+    idql,
+    iql,
+    policy_guided,
+    rebrac,
+    td3_bc,
+    vdd,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = [
     bandit_policies.recipe,
     bc.recipe,
+    consistency_distillation.recipe,
     cql.recipe,
+    diffusion_bc.recipe,
     diffusion_ql.recipe,
     edp.recipe,
     idql.recipe,
     iql.recipe,
     iql.corl_recipe,
+    policy_guided.recipe,
     rebrac.recipe,
     td3_bc.recipe,
+    vdd.recipe,
 ]
 MINARI = [
     *(f"D4RL/antmaze/{m}-v1" for m in ("umaze", "umaze-diverse", "medium-play", "medium-diverse")),

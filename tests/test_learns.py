@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms import policy_guided
-from algorithms.api import StageInput
+from algorithms import policy_guided, vdd
+from algorithms.api import Pretrained, StageInput
 from algorithms.bc import BehaviourCloning
 from algorithms.bc import Config as BCConfig
 from algorithms.blocks.ddpm import Diffusion
@@ -23,7 +23,7 @@ from algorithms.blocks.rng import Rng, Stream
 from algorithms.diffusion_ql import Config, DiffusionQL
 from algorithms.edp import Config as EDPConfig
 from algorithms.edp import EfficientDiffusionPolicy
-from algorithms.testing import Case, TinyDataset
+from algorithms.testing import Case, MadeArrays, TinyDataset
 from harness.worker import MakeOutput
 from tests.bandit import CORNERS, actions, bandit_dataset, corner_fractions, train
 
@@ -138,6 +138,44 @@ def test_an_agent_that_sees_generated_rows_alone_moves_to_the_best_corner():
     windows = learner.generate(dataset, Rng.at_step(SEEDS, 1, Stream.MAKE), 0.0)
     shares = nearest_corner(windows.action[:, :, 0].numpy())
     assert shares.min() > 0.15, "unguided, all corners are kept"
+
+
+@pytest.mark.slow
+def test_a_student_keeps_the_corners_of_its_diffusion_teacher():
+    """Cloning by diffusion covers all four corners; so does a mixture distilled from it."""
+    dataset = bandit_dataset()
+    settings = {"hidden_dim": 64, "batch_size": 128, "lr": 2e-3, "ema_decay": 0.99, "steps": 600}
+    pretrained = Pretrained("diffusion_bc", config=settings)
+    config = vdd.Config(
+        teacher=pretrained,
+        hidden_dim=32,
+        batch_size=16,
+        num_samples=4,
+        sigma_low=0.05,
+        sigma_high=0.1,
+        initial_std=0.2,
+        initial_means="kmeans",
+        gate_states=256,
+        expert_updates=1,
+        lr=5e-3,
+        steps=300,
+    )
+    teacher, samples, student = vdd.stages(config)
+    policy, _ = train(teacher.learner(teacher.config, dataset.spec, SEEDS), dataset, SEEDS, 600)
+    shares = nearest_corner(actions(policy, SEEDS))
+    assert corner_fractions(actions(policy, SEEDS), 0.3).sum(axis=1).min() > 0.75
+    assert shares.min() > 0.15
+    inputs = {"policy": StageInput(teacher.config, policy.state_dict())}
+    made = MadeArrays()
+    samples.function(samples.config, dataset, inputs, Rng.at_step(SEEDS, 0, Stream.MAKE), made)
+    inputs["samples"] = StageInput(samples.config, made)
+    learner = student.learner(student.config, dataset.spec, SEEDS, inputs)
+    train(learner, dataset, SEEDS, 300)
+    found = actions(learner, SEEDS)
+    assert corner_fractions(found, 0.2).sum(axis=1).min() > 0.9, "experts' means are on corners"
+    assert nearest_corner(found).min() > 0.1
+    entropy = learner.log_density(torch.zeros(2, 100, 2), torch.zeros(2, 100, 2))
+    assert entropy.max() < -5, "nothing is in the middle"
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_a_package_seen_twice_on_the_path_is_one_package(
         ),
         (
             "recipe = recipe_of(stages=lambda c: (train(c, steps=0),))",
-            "steps is 0; expected an int of at least 1",
+            "steps is 0; expected an int of at least 1, or 0 for a stage that only acts",
         ),
         (
             "recipe = recipe_of(stages=lambda c: (train(c, learner=NoPolicy),))",

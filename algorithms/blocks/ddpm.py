@@ -125,6 +125,14 @@ class Diffusion(nn.Module):
         for name, value in constants.items():
             self.register_buffer(name, value.float(), persistent=False)
 
+    @property
+    def sigmas(self) -> Tensor:
+        """Each level as added noise, sqrt(1 / alpha_bar - 1), ascending: [denoise_steps].
+
+        noisy / sqrt(alpha_bar) is clean + sigma noise, as in `blocks.edm`.
+        """
+        return self.noise_scale
+
     def add_noise(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The forward process at level t: [K, *rows, A], t [K, *rows]."""
         alpha_bar = self.alpha_bars[t].unsqueeze(-1)

@@ -1,6 +1,8 @@
-"""The 2-D bandit of the Diffusion-QL paper as a dataset of one-step episodes."""
+"""Two 2-D toys as datasets of one-step episodes: Diffusion-QL's bandit and VDD's ring of modes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +11,7 @@ from harness.datasets.minari import RawDataset
 from harness.datasets.writing import write_dataset
 
 DATASET_ID = "generated/bandit2d-v0"
+RING_ID = "generated/ring2d-v0"
 ACTION_STD = 0.05
 REWARD_STD = 0.5
 
@@ -25,8 +28,6 @@ def make_bandit2d(
         ValueError: if `steps` is not a positive multiple of 4.
         DatasetError: if the id is taken.
     """
-    from minari.data_collector.episode_buffer import EpisodeBuffer
-
     from harness.environments import BANDIT_ID, Bandit2D
 
     if steps < 4 or steps % 4:
@@ -36,21 +37,9 @@ def make_bandit2d(
     action = Bandit2D.CORNERS[corner] + ACTION_STD * rng.standard_normal((steps, 2))
     action = np.clip(action, -1.0, 1.0).astype(np.float32)
     reward = Bandit2D.MEANS[corner] + REWARD_STD * rng.standard_normal(steps)
-    obs = np.zeros((2, 2), np.float32)
-    ended, not_ended = np.ones(1, bool), np.zeros(1, bool)
-    episodes = [
-        EpisodeBuffer(
-            observations=obs,
-            actions=action[i : i + 1],
-            rewards=reward[i : i + 1],
-            terminations=ended,
-            truncations=not_ended,
-        )
-        for i in range(steps)
-    ]
     return write_dataset(
         dataset_id,
-        episodes,
+        _one_step_episodes(action, reward),
         overwrite=overwrite,
         extra_metadata={"harness_ref_source": BANDIT_SOURCE, "harness_seed": seed},
         env=BANDIT_ID,
@@ -62,3 +51,58 @@ def make_bandit2d(
         ref_min_score=BANDIT_ANCHORS[0],
         ref_max_score=BANDIT_ANCHORS[1],
     )
+
+
+def make_ring2d(
+    seed: int = 0, steps: int = 8_000, dataset_id: str = RING_ID, overwrite: bool = False
+) -> RawDataset:
+    """Writes draws of eight Gaussians on a ring, mode by mode; no rewards to learn from.
+
+    Actions are centre + N(0, 0.5^2), clipped to [-4, 4], with centres at radius 2; the reward is
+    the environment's; the state is always (0, 0); every episode is one terminated step.
+
+    Raises:
+        ValueError: if `steps` is not a positive multiple of 8.
+        DatasetError: if the id is taken.
+    """
+    from harness.environments import RING_ID as ENV_ID
+    from harness.environments import Ring2D
+
+    modes = len(Ring2D.CENTRES)
+    if steps < modes or steps % modes:
+        raise ValueError(f"steps is {steps}; expected a positive multiple of {modes} (the modes)")
+    rng = np.random.default_rng(seed)
+    centre = Ring2D.CENTRES[np.repeat(np.arange(modes), steps // modes)]
+    action = centre + Ring2D.STD * rng.standard_normal((steps, 2))
+    action = np.clip(action, -Ring2D.BOUND, Ring2D.BOUND).astype(np.float32)
+    reward = (Ring2D.distance(action) <= Ring2D.SUPPORT_RADIUS).astype(np.float64)
+    return write_dataset(
+        dataset_id,
+        _one_step_episodes(action, reward),
+        overwrite=overwrite,
+        extra_metadata={"harness_seed": seed},
+        env=ENV_ID,
+        algorithm_name="eight Gaussians on a ring",
+        description=(
+            "2-D toy of VDD (arXiv 2406.12538): eight Gaussians of std 0.5 at radius 2, in equal "
+            "parts."
+        ),
+    )
+
+
+def _one_step_episodes(action: np.ndarray, reward: np.ndarray) -> list[Any]:
+    """Episodes of one terminated step at the state (0, 0)."""
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    obs = np.zeros((2, 2), np.float32)
+    ended, not_ended = np.ones(1, bool), np.zeros(1, bool)
+    return [
+        EpisodeBuffer(
+            observations=obs,
+            actions=action[i : i + 1],
+            rewards=reward[i : i + 1],
+            terminations=ended,
+            truncations=not_ended,
+        )
+        for i in range(len(action))
+    ]

@@ -195,7 +195,8 @@ def _unknown(name: str) -> UnknownDatasetError:
 
 
 def _made_ids() -> list[str]:
-    return ["generated/bandit2d-v0", *(f"generated/pointmaze/{m}-v0" for m in POINTMAZE_ANCHORS)]
+    toys = ("generated/bandit2d-v0", "generated/ring2d-v0")
+    return [*toys, *(f"generated/pointmaze/{m}-v0" for m in POINTMAZE_ANCHORS)]
 
 
 def _is_made(name: str) -> bool:

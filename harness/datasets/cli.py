@@ -226,6 +226,22 @@ def make_bandit2d_(
     _made(raw, as_json)
 
 
+@make_app.command("ring2d")
+def make_ring2d_(
+    seed: Annotated[int, typer.Option(help="Same seed, same data.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="One-step episodes.", min=8)] = 8_000,
+    dataset_id: Annotated[str, typer.Option("--id", help="Dataset id.")] = "generated/ring2d-v0",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Writes the 2-D ring of eight modes of the VDD paper."""
+    from harness.datasets.bandit2d import make_ring2d
+
+    with _told():
+        raw = make_ring2d(seed, steps, dataset_id, overwrite)
+    _made(raw, as_json)
+
+
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="An original D4RL HDF5 file.")],
