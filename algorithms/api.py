@@ -32,6 +32,7 @@ class Batch:
     terminated: Tensor  # [K, B]
     truncated: Tensor  # [K, B]
     next_action: Tensor | None = None  # [K, B, A], only if asked for; see `Dataset.transitions`
+    index: Tensor | None = None  # [K, B], int64, where the rows are; only from `Dataset.rows`
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class Dataset(Protocol):
                 episode ends (`terminated` or `truncated` is 1); it is zero there.
         """
 
+    def rows(self, index: Tensor, next_action: bool = False) -> Batch:
+        """The transitions at `index` [K, B], int64 in [0, spec.num_steps), with `Batch.index`.
+
+        `rows(rng.integers(spec.num_steps, batch_size))` is `transitions(rng, batch_size)`; what is
+        precomputed for every transition is found by `index`.
+        """
+
     def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
         """Windows of consecutive steps that never cross an episode border: [K, B, L, ...]."""
 
@@ -108,7 +116,9 @@ class Learner(Protocol):
 
     Everything that changes during training is a registered parameter or buffer led by K, and no
     parameter requires grad (gradients come from `blocks.optim.gradients`). A learner may also
-    have `refresh_every: int` and `refresh(dataset, rng) -> Dataset`.
+    have `refresh_every: int` and `refresh(dataset, rng) -> Dataset`, and `limits`, a mapping from
+    names of metrics to what they may not exceed: a seed above one has diverged, as one that is not
+    finite.
 
     What is done only in some steps (a delayed policy update) needs no branch on a tensor: with
     `period: int` the step is called as `update(batch, rng, phase)`, where `phase` is the Python int
@@ -170,7 +180,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Make:
-    """A stage that computes: called as `function(config, dataset, inputs, rng, out)`."""
+    """A stage that computes: called as `function(config, dataset, inputs, rng, out)`.
+
+    `out.array(name, tensor led by K)` keeps a result, `out.progress(done, total)` tells of the work.
+    """
 
     name: str
     function: Callable[..., None]

@@ -116,6 +116,10 @@ class TinyDataset:
             }
         )
 
+    def rows(self, index: Tensor, next_action: bool = False) -> Batch:
+        names = (*COLUMNS, "next_action") if next_action else COLUMNS
+        return replace(self._rows(index, names), index=index)
+
     def segments(self, rng: Rng, batch_size: int, length: int) -> Batch:
         if not 1 <= length <= self.episode_length:
             raise ValueError(f"length is {length}; episodes have {self.episode_length} steps")
@@ -419,6 +423,36 @@ def _check_rows(learner: Any, seeds: Tensor, obs: Tensor) -> None:
         )
 
 
+class _MakeOutput:
+    """What a `Make` stage computed for the seeds of a case."""
+
+    def __init__(self) -> None:
+        self.arrays: State = {}
+
+    def array(self, name: str, values: Tensor) -> None:
+        self.arrays[name] = values
+
+    def progress(self, done: int, total: int) -> None:
+        pass
+
+
+def _made(
+    stage: Make, dataset: Any, done: Mapping[str, Mapping[int, StageInput]], seeds: tuple[int, ...]
+) -> dict[int, StageInput]:
+    inputs = {name: _join([done[name][seed] for seed in seeds]) for name in stage.needs}
+    out = _MakeOutput()
+    with torch.no_grad():
+        rng = Rng.at_step(seeds, 0, Stream.MAKE)
+        stage.function(stage.config, dataset, inputs, rng, out)
+    for name, values in out.arrays.items():
+        if values.dim() == 0 or values.shape[0] != len(seeds):
+            raise ContractError(
+                f"array {name} of stage {stage.name} has shape {tuple(values.shape)}; expected the "
+                f"first dimension to be the {len(seeds)} seeds"
+            )
+    return {seed: StageInput(stage.config, _seed_of(out.arrays, i)) for i, seed in enumerate(seeds)}
+
+
 CHECKS = (
     check_shapes,
     check_determinism,
@@ -434,28 +468,21 @@ def cases(
     recipe: Recipe,
     config: Any = None,
     dataset: Any = None,
-    made: Mapping[str, StageInput] | None = None,
+    seeds: tuple[int, ...] = Case.seeds,
 ) -> Iterator[Case]:
-    """A case for each `Train` stage, with the stages it needs trained for a few steps.
+    """A case for each `Train` stage, with the stages it needs trained for a few steps, or made.
 
     Args:
         config: default `recipe.config()`; pass a small one.
-        made: the results of `Make` stages, led by one row that every seed shares.
-    Raises:
-        ValueError: for a `Make` stage without an entry in `made`.
     """
     config = recipe.config() if config is None else config
     dataset = TinyDataset() if dataset is None else dataset
     done: dict[str, dict[int, StageInput]] = {}
     for stage in recipe.stages(config):
         if isinstance(stage, Make):
-            if stage.name not in (made or {}):
-                raise ValueError(
-                    f"stage {stage.name!r} of {recipe.name} is a Make; pass its result in `made`"
-                )
-            done[stage.name] = dict.fromkeys(Case.seeds, (made or {})[stage.name])
+            done[stage.name] = _made(stage, dataset, done, seeds)
             continue
-        case = Case(stage, dataset, {name: done[name] for name in stage.needs})
+        case = Case(stage, dataset, {name: done[name] for name in stage.needs}, seeds)
         yield case
         learner = case.build()
         case.train(learner)
@@ -469,19 +496,17 @@ def check_recipe(
     recipe: Recipe,
     config: Any = None,
     dataset: Any = None,
-    made: Mapping[str, StageInput] | None = None,
 ) -> None:
     """Runs every quick check on every `Train` stage of a recipe, and act on the last.
 
     Raises:
         ContractError: naming the stage, the check and what was seen.
-        ValueError: for a `Make` stage without an entry in `made`.
     """
     config = recipe.config() if config is None else config
     if not any(f.name == "steps" for f in fields(config)):
         raise ContractError(f"{recipe.name}: the config has no field `steps`")
     last = recipe.stages(config)[-1]
-    for case in cases(recipe, config, dataset, made):
+    for case in cases(recipe, config, dataset):
         for check in (*CHECKS, check_policy) if case.stage == last else CHECKS:
             try:
                 check(case)
