@@ -182,7 +182,8 @@ class Train:
 class Make:
     """A stage that computes: called as `function(config, dataset, inputs, rng, out)`.
 
-    `out.array(name, tensor led by K)` keeps a result, `out.progress(done, total)` tells of the work.
+    `out.array(name, tensor led by K)` keeps a result, `out.progress(done, total)` tells how far the
+    work is.
     """
 
     name: str

@@ -18,12 +18,13 @@ to Q_min; otherwise it is beneficial and pulled to eta (Q(s, a_id) + delta_V).
     alpha        entropy_coef          Eq. 14, tuned so that entropy stays near -dim(A)
 
 The models are trained beforehand (doser_models.py). Defaults are the authors' code (7ingw24/DOSER,
-b5ade4d), which produced the results. Where the paper says otherwise there is a field: (1) `backup`:
-the code backs up the target actor's action with entropy, Eq. 10 the behaviour's. (2) `id_value`:
-Eq. 10 takes the target critics' value of a*_id, the code the online ones'. (3) `reduction`: the code
-averages both regularisers over the critics and sums the Bellman errors, so that a critic feels
-beta / 4. (4) `num_critics`. (5) `q_min_rule`: R_min / (1 - gamma), the code has a constant for each
-environment. Order in a step, as there: temperature, actor (every 2nd step), critics and V, targets
+b5ade4d), which produced the results. Where the paper says otherwise there is a field:
+(1) `backup`: the code backs up the target actor's action with entropy, Eq. 10 the behaviour's.
+(2) `id_value`: Eq. 10 takes the target critics' value of a*_id, the code the online ones'.
+(3) `reduction`: the code averages both regularisers over the critics and sums the Bellman errors:
+a critic feels beta / 4. (4) `num_critics`. (5) `q_min_rule`: R_min / (1 - gamma); the code has a
+constant for each environment (hparams/).
+Order in a step, as there: temperature, actor (every 2nd step), critics and V, targets
 (every 2nd). The code exits where the mean Q of the policy's actions passes 5e4; here that seed has
 diverged (`limits`).
 Deviations: (a) candidates are made by a sampler of the model's distribution, once for every
@@ -234,9 +235,8 @@ class DOSER(nn.Module):
     def update(self, batch: Batch, rng: Rng, phase: int) -> Metrics:
         """Temperature; actor in the period's last step; critics, V; then all targets."""
         obs, next_obs = self.normalizer(batch.obs), self.normalizer(batch.next_obs)
-        noise, actor_noise, target_noise, critic_noise = (
-            rng.normal(*batch.action.shape[1:]) for _ in range(4)
-        )
+        rows, dim = batch.action.shape[1:]
+        noise, actor_noise, target_noise, critic_noise = rng.normal(rows, 4, dim).unbind(dim=2)
         metrics = self.update_entropy(obs, noise)
         last = phase == self.period - 1
         if last:
@@ -523,6 +523,6 @@ recipe = Recipe(
     config=Config,
     stages=stages,
     hparams=Path(__file__).parent / "hparams" / "doser.yaml",
-    summary="SAC whose out-of-data actions are found by denoising error and judged by their outcome",
+    summary="SAC that finds actions out of the data by denoising and judges where they lead",
     paper="arXiv:2605.08202",
 )

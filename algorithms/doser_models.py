@@ -231,9 +231,9 @@ def thresholds(
 ) -> None:
     """Percentiles of the scores of all data, for the models that are given: arrays [K].
 
-    Writes `reward_min`, and as `..._threshold` those of `action` (of `behaviour` or `cvae`), `state`
-    (of `states`) and `disagreement` (of `dynamics`), rounded to 6 decimals as in the code; for fixed
-    levels `action_scale` and `state_scale`, [K, L].
+    Writes `reward_min`, and as `..._threshold` those of `action` (of `behaviour` or `cvae`),
+    `state` (of `states`) and `disagreement` (of `dynamics`), rounded to 6 decimals as in the code;
+    for fixed levels `action_scale` and `state_scale`, [K, L].
     """
     spec = dataset.spec
     models = {name: MODELS[name].trained(given, spec) for name, given in inputs.items()}

@@ -6,6 +6,7 @@ does not know files, databases, environments or Ray: `harness.worker` does the r
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +28,15 @@ A cold build takes 20 to 60 s on CPU and saves about a quarter of each step.
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where one seed stopped being finite."""
+    """Where one seed stopped being finite, or passed a limit that its learner declares."""
 
-    step: int  # the gradient step (counted from 1) whose metric was not finite
+    step: int  # the gradient step (counted from 1) whose metric was not finite, or too large
     metric: str
+    limit: float | None = None  # what it passed while still finite
 
     def __str__(self) -> str:
-        return f"{self.metric} is not finite at step {self.step}"
+        reason = "is not finite" if self.limit is None else f"is above {self.limit:g}"
+        return f"{self.metric} {reason} at step {self.step}"
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class Trainer:
         started = time.perf_counter()
         first_calls, first_call_seconds = 0, 0.0
         sums: dict[tuple[int, ...], _Sums] = {}
+        limits = getattr(self.learner, "limits", {})
         with torch.no_grad():
             for step in range(self._steps_done, self._steps_done + num_steps):
                 phase = phase_of(self.learner, step)
@@ -160,7 +164,7 @@ class Trainer:
                 names, values = self._step_function(phase)
                 if phase not in sums:
                     self._check_shape(names, values)
-                    sums[phase] = _Sums.of(names, values)
+                    sums[phase] = _Sums.of(names, values, limits)
                     if phase not in self._called and self.compiled:
                         first_calls += 1
                         first_call_seconds += time.perf_counter() - called
@@ -170,11 +174,12 @@ class Trainer:
         rows = tuple(name for each in sums.values() for name in each.names)
         means = torch.cat([each.total / each.count for each in sums.values()]).cpu()
         bad = torch.cat([each.first_bad for each in sums.values()]).cpu()
+        finite = torch.cat([each.finite for each in sums.values()]).cpu()
         weights = torch.tensor([each.count for each in sums.values() for _ in each.names])
         return Chunk(
             step=self._steps_done,
             metrics=_mean_by_name(rows, means, weights),
-            diverged=_first_divergence(rows, bad),
+            diverged=_first_divergence(rows, bad, finite, limits),
             num_steps=num_steps,
             seconds=time.perf_counter() - started,
             first_call_seconds=first_call_seconds,
@@ -241,18 +246,24 @@ class _Sums:
 
     names: tuple[str, ...]
     total: Tensor  # [M, K]
-    first_bad: Tensor  # [M, K], the first step that was not finite, or -1
+    first_bad: Tensor  # [M, K], the first step that was not finite or above its limit, or -1
+    finite: Tensor  # bool [M, K], whether it was finite in that step
+    limit: Tensor  # [M, 1], infinite where there is none
     count: int = 0
 
     @classmethod
-    def of(cls, names: tuple[str, ...], values: Tensor) -> _Sums:
+    def of(cls, names: tuple[str, ...], values: Tensor, limits: Mapping[str, float]) -> _Sums:
         zeros = torch.zeros_like(values, dtype=torch.float64)
-        return cls(names, zeros, torch.full_like(values, -1, dtype=torch.int64))
+        none = torch.full_like(values, -1, dtype=torch.int64)
+        limit = values.new_tensor([[limits.get(name, math.inf)] for name in names])
+        return cls(names, zeros, none, torch.zeros_like(values, dtype=torch.bool), limit)
 
     def add(self, values: Tensor, step: Tensor) -> None:
         self.total += values
-        newly_bad = ~torch.isfinite(values) & (self.first_bad < 0)
+        finite = torch.isfinite(values)
+        newly_bad = (~finite | (values > self.limit)) & (self.first_bad < 0)
         self.first_bad = torch.where(newly_bad, step, self.first_bad)
+        self.finite = torch.where(newly_bad, finite, self.finite)
         self.count += 1
 
 
@@ -266,11 +277,18 @@ def _mean_by_name(rows: tuple[str, ...], means: Tensor, weights: Tensor) -> dict
     return found
 
 
-def _first_divergence(names: tuple[str, ...], first_bad: Tensor) -> dict[int, Divergence]:
+def _first_divergence(
+    names: tuple[str, ...], first_bad: Tensor, finite: Tensor, limits: Mapping[str, float]
+) -> dict[int, Divergence]:
     found: dict[int, Divergence] = {}
     for index in range(first_bad.shape[1]):
-        column = [(int(step), name) for step, name in zip(first_bad[:, index], names, strict=True)]
-        bad = [entry for entry in column if entry[0] >= 0]
+        bad = [
+            Divergence(step, name, limits.get(name) if was_finite else None)
+            for name, step, was_finite in zip(
+                names, first_bad[:, index].tolist(), finite[:, index].tolist(), strict=True
+            )
+            if step >= 0
+        ]
         if bad:
-            found[index] = Divergence(*min(bad, key=lambda entry: entry[0]))
+            found[index] = min(bad, key=lambda entry: entry.step)
     return found

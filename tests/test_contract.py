@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import bandit_policies, bc, cql, diffusion_ql, doser, idql, iql, rebrac, td3_bc
 from algorithms.api import Recipe, Train
 from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
@@ -34,6 +34,15 @@ SMALL_IDQL = idql.Config(
     cond_dim=32,
     denoise_steps=3,
     num_candidates=4,
+)
+SMALL_DOSER = doser.Config(
+    hidden_dim=16,
+    batch_size=16,
+    budget=8,
+    diffusion_batch_size=16,
+    dynamics_batch_size=16,
+    num_candidates=3,
+    sampler_steps=2,
 )
 CORL_IQL = {
     "value_in_use": "previous",
@@ -70,6 +79,32 @@ CONFIGS = {
             candidate_choice="none",
             lr_decay="cosine",
             max_q_backup=True,
+        ),
+    ),
+    "doser": (doser.recipe, SMALL_DOSER),
+    "doser_cvae": (doser.recipe, replace(SMALL_DOSER, treatment="uniform", detector="cvae")),
+    "doser_paper": (
+        doser.recipe,
+        replace(
+            SMALL_DOSER,
+            candidates="budget",
+            backup="behaviour",
+            id_value="target",
+            reduction="sum",
+            detector="stratified",
+        ),
+    ),
+    "doser_release": (
+        doser.recipe,
+        replace(
+            SMALL_DOSER,
+            candidates="all",
+            sampler="release",
+            dynamics_members=2,
+            dynamics_gate=True,
+            state_levels=2,
+            policy_every=3,
+            treatment="no_compensation",
         ),
     ),
     "idql": (idql.recipe, SMALL_IDQL),
@@ -111,7 +146,12 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+SLOW = ("doser_cvae", "doser_paper", "doser_release")  # several stages, each traced
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CONFIGS]
+)
 def test_contract_holds(name):
     check_recipe(*CONFIGS[name])
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from algorithms import bandit_policies, bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc
+from algorithms import bandit_policies, bc, cql, diffusion_ql, doser, idql, iql, rebrac, td3_bc
 from algorithms.blocks.rng import Rng, Stream
-from algorithms.testing import Case, TinyDataset
+from algorithms.testing import TinyDataset, cases
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 20
@@ -27,6 +27,16 @@ SMALL_IDQL = idql.Config(
 CORL_IQL = {"value_in_use": "previous", "q_loss": "mean", "normalize_obs": True}
 LAGRANGE = {"lagrange": True, "target_gap": 0.8, "max_backup": True, "critic_layers": 5}
 SMALL_BANDIT = bandit_policies.Config(hidden_dim=32, batch_size=32)
+SMALL_DOSER = doser.Config(
+    hidden_dim=32,
+    batch_size=32,
+    budget=16,
+    diffusion_batch_size=32,
+    dynamics_batch_size=32,
+    percentile=50.0,
+    num_candidates=3,
+    sampler_steps=2,
+)
 TRIALS = {
     **{
         f"bandit_policy_{policy}_{guidance}": (
@@ -40,6 +50,19 @@ TRIALS = {
     "diffusion_ql": (diffusion_ql.recipe, SMALL),
     "diffusion_ql_bc_only": (diffusion_ql.recipe, replace(SMALL, bc_only=True)),
     "diffusion_ql_max_q": (diffusion_ql.recipe, replace(SMALL, max_q_backup=True)),
+    "doser": (doser.recipe, SMALL_DOSER),
+    "doser_paper": (
+        doser.recipe,
+        replace(
+            SMALL_DOSER,
+            candidates="budget",
+            backup="behaviour",
+            id_value="target",
+            reduction="sum",
+            detector="stratified",
+        ),
+    ),
+    "doser_uniform": (doser.recipe, replace(SMALL_DOSER, treatment="uniform", detector="cvae")),
     "idql": (idql.recipe, SMALL_IDQL),
     "idql_dec2023": (
         idql.recipe,
@@ -68,7 +91,8 @@ TRIALS = {
 
 def trial(name: str) -> dict:
     recipe, config = TRIALS[name]
-    case = Case(recipe.stages(config)[0], TinyDataset(), seeds=(0,), steps=STEPS)
+    *_, case = cases(recipe, config, TinyDataset(), seeds=(0,))
+    case = replace(case, steps=STEPS)
     learner = case.build()
     history = case.train(learner)
     rng = Rng.at_step((0,), STEPS, Stream.EVALUATION)

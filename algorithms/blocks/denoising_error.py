@@ -1,4 +1,4 @@
-"""How far a denoiser moves a point that is given to it with noise: a score of being out of its data.
+"""How far a denoiser moves a point that is given with noise: a score of being out of its data.
 
     E(x) = | x - D(x + sigma noise; sigma) |_2, averaged over noise levels     (DOSER, Eq. 6 and 7)
 
