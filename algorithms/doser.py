@@ -169,6 +169,13 @@ class DOSER(nn.Module):
         ValueError: if `inputs` lack a stage.
     """
 
+    models: Any  # name of a stage -> its frozen network
+    q_min: Tensor  # [K]
+    action_threshold: Tensor
+    state_threshold: Tensor
+    disagreement_threshold: Tensor
+    cached: Tensor  # [K, S, N, A]
+
     def __init__(
         self,
         config: Config,
@@ -208,7 +215,7 @@ class DOSER(nn.Module):
         needed = agent_needs(config)
         if missing := sorted(set(needed) - set(inputs)):
             raise ValueError(f"the agent lacks the stages {missing}; given: {sorted(inputs)}")
-        self.models: Any = nn.ModuleDict(
+        self.models = nn.ModuleDict(
             {name: MODELS[name].trained(inputs[name], spec) for name in needed if name in MODELS}
         )
         state = inputs["thresholds"].state
@@ -410,10 +417,14 @@ class DOSER(nn.Module):
         some = rows(obs)
         actions = self.sample_candidates(some, rng)
         part = self.classify_rows(some, rows(chosen), rows(ood), actions, rows(sigma), rows(noise))
-        masks = (torch.zeros_like(ood).scatter(1, place, part[i]) for i in (0, 1))
+        nowhere = torch.zeros_like(ood)
         target = torch.zeros_like(obs[..., 0]).scatter(1, place, part.target)
-        looked_at = torch.zeros_like(ood).scatter(1, place, True)
-        return Verdict(*masks, target, ood & ~looked_at)
+        return Verdict(
+            nowhere.scatter(1, place, part.detrimental),
+            nowhere.scatter(1, place, part.beneficial),
+            target,
+            ood & ~nowhere.scatter(1, place, True),
+        )
 
     def sample_candidates(self, obs: Tensor, rng: Rng) -> Tensor:
         """N actions of the behaviour for each row, [K, M, N, A]."""

@@ -301,7 +301,7 @@ def sample_behaviour(net: ScoreNet, obs: Tensor, config: CandidateConfig, rng: R
     nothing is clipped. It is no sampler of the model's distribution: with far too little noise, it
     denoises again and again and draws its samples together.
     """
-    shape = (obs.shape[1], config.count, net.net.layers[-1].weight.shape[-1])  # type: ignore[union-attr]
+    shape = (obs.shape[1], config.count, net.dim)
     denoiser = denoiser_of(net, obs)
     if config.sampler == "heun":
         sigmas = EDM.karras_sigmas(config.steps).to(obs.device)

@@ -40,7 +40,7 @@ class ScoreNet(nn.Module):
         self, rng: Rng, dim: int, cond_dim: int = 0, hidden_dim: int = 256, time_dim: int = 16
     ) -> None:
         super().__init__()
-        self.time_dim, self.num_seeds = time_dim, rng.step.shape[0]
+        self.dim, self.time_dim, self.num_seeds = dim, time_dim, rng.step.shape[0]
         self.time = MLP(rng, (time_dim, 2 * time_dim, time_dim), "mish")
         self.first = Linear(rng, dim + cond_dim + time_dim, hidden_dim)
         self.net = MLP(rng, (hidden_dim,) * 4 + (dim,), "mish")
