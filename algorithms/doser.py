@@ -112,14 +112,12 @@ class Config:
     candidates: str = "cached"  # cached | all rows of a batch (code) | budget: flagged rows
     budget: int = 64  # rows of a batch that `budget` can treat; the others are counted and left
     sampler: str = "heun"  # heun (ours) | release, of 100 steps (code)
-    sampler_steps: int = 10  # heun calls the model 2 n - 1 times, release n times
+    sampler_steps: int = 15  # heun calls the model 2 n - 1 times, release n times
     backup: str = "policy"  # a' of policy (code) | behaviour: the data's own (paper, Eq. 10)
     id_value: str = "online"  # critics that value a*_id: online (code) | target (paper, Eq. 10)
     reduction: str = "mean"  # of both regularisers over the critics: mean (code) | sum (Eq. 10)
     q_min_rule: str = "data"  # data: min(reward, 0) / (1 - gamma) (paper) | constant: q_min (code)
-    q_min: float = (
-        0.0  # only under constant; smallest reward of an environment's sets / (1 - gamma)
-    )
+    q_min: float = 0.0  # only under constant: smallest reward of the environment / (1 - gamma)
     dynamics_members: int = 1  # networks whose mean is the prediction (code: 1)
     dynamics_gate: bool = False  # detrimental also where networks disagree beyond the data (ours)
     gate_percentile: float = 99.0  # of the disagreement on the data; only with the gate (ours)

@@ -469,21 +469,27 @@ def cases(
     config: Any = None,
     dataset: Any = None,
     seeds: tuple[int, ...] = Case.seeds,
+    full_length: bool = False,
 ) -> Iterator[Case]:
     """A case for each `Train` stage, with the stages it needs trained for a few steps, or made.
 
     Args:
         config: default `recipe.config()`; pass a small one.
+        full_length: cases have the steps that their stages declare.
     """
     config = recipe.config() if config is None else config
     dataset = TinyDataset() if dataset is None else dataset
     done: dict[str, dict[int, StageInput]] = {}
-    for stage in recipe.stages(config):
+    parts = recipe.stages(config)
+    for stage in parts:
         if isinstance(stage, Make):
             done[stage.name] = _made(stage, dataset, done, seeds)
             continue
-        case = Case(stage, dataset, {name: done[name] for name in stage.needs}, seeds)
+        inputs = {name: done[name] for name in stage.needs}
+        case = Case(stage, dataset, inputs, seeds, stage.steps if full_length else Case.steps)
         yield case
+        if stage == parts[-1]:
+            return  # nothing needs it
         learner = case.build()
         case.train(learner)
         state = _state(learner)

@@ -19,7 +19,9 @@ from algorithms.bc import Config as BCConfig
 from algorithms.blocks.ddpm import Diffusion
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.diffusion_ql import Config, DiffusionQL
-from algorithms.testing import TinyDataset
+from algorithms.doser import Config as DOSERConfig
+from algorithms.doser import recipe as doser_recipe
+from algorithms.testing import TinyDataset, cases
 from tests.bandit import CORNERS, actions, bandit_dataset, corner_fractions, train
 
 SEEDS = (0, 1)
@@ -72,6 +74,37 @@ def test_diffusion_ql_moves_to_the_best_corner_and_cloning_does_not():
     assert shares[False][:, 3].min() > 0.9
     assert shares[True].min() > 0.1, "cloning keeps all four corners"
     assert shares[True].max() < 0.45
+
+
+@pytest.mark.slow
+def test_doser_moves_to_the_best_corner_through_all_of_its_stages():
+    dataset = bandit_dataset()
+    config = DOSERConfig(
+        steps=800,
+        model_steps=600,
+        hidden_dim=64,
+        batch_size=128,
+        diffusion_batch_size=256,
+        lr=1e-3,
+        critic_lr=1e-3,
+        entropy_lr=3e-3,
+        model_lr=2e-3,
+        num_candidates=4,
+        sampler_steps=10,
+        action_levels=10,
+        percentile=95.0,
+        penalty_coef=0.05,
+        q_min_rule="constant",
+        q_min=-5.0,
+    )
+    *_, case = cases(doser_recipe, config, dataset, SEEDS, full_length=True)
+    learner = case.build()
+    _, metrics = train(learner, dataset, SEEDS, config.steps)
+    chosen = actions(learner, SEEDS, 1)[:, 0]  # deterministic
+    assert np.linalg.norm(chosen - CORNERS[3], axis=-1).max() < 0.3
+    assert metrics["ood_rate"].max() < 0.5
+    kinds = metrics["detrimental_rate"] + metrics["beneficial_rate"]
+    assert torch.allclose(kinds, metrics["ood_rate"])
 
 
 @pytest.mark.parametrize(
