@@ -107,7 +107,26 @@ class ArtifactRecord:
     created_at: str
 
 
-Record = DatasetRecord | TrialRecord | RunRecord | EvalRecord | MetricRecord | ArtifactRecord
+@dataclass(frozen=True)
+class DetectionRecord:
+    """How well one detector of out-of-distribution actions told one kind of action from the data's."""
+
+    dataset_id: str
+    dataset_digest: str
+    detector: str
+    config: Mapping[str, Any]
+    seed: int
+    against: str  # uniform, perturbed, or a policy's label
+    count: int  # actions of each kind
+    auroc: float
+    aupr: float
+    fpr95: float  # false positive rate at 95 % true positives
+    created_at: str
+    git_commit: str
+    git_dirty: bool
+
+
+Record = DatasetRecord | TrialRecord | RunRecord | EvalRecord | MetricRecord | ArtifactRecord | DetectionRecord
 
 
 def run_from_json(values: Mapping[str, Any]) -> RunRecord:

@@ -28,6 +28,7 @@ from results.errors import MissingParentError, StoreError
 from results.records import (
     ArtifactRecord,
     DatasetRecord,
+    DetectionRecord,
     EvalRecord,
     MetricRecord,
     Record,
@@ -49,6 +50,7 @@ _TABLES: dict[type, sa.Table] = {  # parents before children
     EvalRecord: schema.evals,
     MetricRecord: schema.metrics,
     ArtifactRecord: schema.artifacts,
+    DetectionRecord: schema.detections,
 }
 _STATUSES: tuple[str, ...] = get_args(Status)
 
@@ -163,6 +165,9 @@ class Store:
         for row in rows.get(TrialRecord, ()):
             key = (row["dataset_id"], row["dataset_digest"])
             needed["dataset"].setdefault(key, f"trial {row['trial_id']}")
+        for row in rows.get(DetectionRecord, ()):
+            key = (row["dataset_id"], row["dataset_digest"])
+            needed["dataset"].setdefault(key, f"detector {row['detector']}")
         for row in rows.get(RunRecord, ()):
             needed["trial"].setdefault(row["trial_id"], f"run {row['run_id']}")
         for kind, word in ((EvalRecord, "an evaluation"), (MetricRecord, "a metric")):
@@ -312,6 +317,12 @@ class Store:
         query = self._only(query, run.c.trial_id, trial_ids)
         return self._frame(self._only(query, table.c.name, names, "names"))
 
+    def detections(self) -> pd.DataFrame:
+        """All comparisons of detectors, by dataset, detector, what they were told from, and seed."""
+        table = schema.detections
+        columns = (table.c.dataset_id, table.c.detector, table.c.against, table.c.seed)
+        return self._frame(sa.select(table).order_by(*columns, table.c.created_at))
+
     def artifacts(self) -> pd.DataFrame:
         """All published stages."""
         table = schema.artifacts
@@ -338,6 +349,7 @@ class Store:
             EvalRecord: schema.evals.c.run_id.in_(of_runs),
             MetricRecord: schema.metrics.c.run_id.in_(of_runs),
             ArtifactRecord: schema.artifacts.c.run_id.in_(of_runs),
+            DetectionRecord: schema.detections.c.dataset_id.in_(used),
         }
         wanted = set(kinds)
         for kind, table in _TABLES.items():

@@ -130,6 +130,11 @@ class TransitionDataset:
         )
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Transitions of each episode, in storage order: int64 [E]."""
+        return self._lengths
+
+    @property
     def device(self) -> torch.device:
         return self.obs.device
 
