@@ -8,7 +8,7 @@ the action is more likely out of distribution. A score has no scale of its own.
     diffusion_10    averaged over ten random levels
     stratified      at fixed levels, each divided by its mean over the data
     ensemble        disagreement of five dynamics networks
-    dropout         spread of a dynamics network's predictions under dropout (Gal and Ghahramani, 2016)
+    dropout         spread of a dynamics network's predictions under dropout (Gal et al., 2016)
     cvae            error of a conditional VAE's reconstruction
     neighbours      distance to the k-th nearest (observation, action) of the data
     rnd             error of predicting a random network (Burda et al., 2019)

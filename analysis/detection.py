@@ -1,4 +1,4 @@
-"""How well a score separates two samples: ROC and precision-recall, without a threshold chosen.
+"""How well scores separate data from the rest: ROC, precision-recall, and the figures of it.
 
 Throughout, `normal` are scores of what should score low and `anomalous` of what should score high;
 each sample counts as a whole, so that their sizes do not matter but for precision.
@@ -6,8 +6,18 @@ each sample counts as a whole, so that their sizes do not matter but for precisi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from analysis.plots import figure_style, palette
+from analysis.stats import curve_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def roc_curve(normal: ArrayLike, anomalous: ArrayLike) -> tuple[NDArray, NDArray]:
@@ -60,3 +70,109 @@ def _checked(scores: ArrayLike) -> NDArray:
             "one score and none of them nan"
         )
     return values
+
+
+# --------------------------------------------------------------------------- the report
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One detector against one kind of action: measures of each seed, [K]."""
+
+    detector: str
+    against: str
+    auroc: NDArray
+    aupr: NDArray
+    fpr95: NDArray
+
+
+def measure(detector: str, normal: NDArray, others: Mapping[str, NDArray]) -> list[Detection]:
+    """Measures of scores [K, N], seed by seed, the data's against each kind of other action."""
+    return [
+        Detection(
+            detector,
+            against,
+            *(
+                np.array([function(*pair) for pair in zip(normal, other, strict=True)])
+                for function in (auroc, aupr, fpr_at_tpr)
+            ),
+        )
+        for against, other in others.items()
+    ]
+
+
+def with_interval(values: NDArray, seed: int = 0) -> str:
+    """Mean and 95 % bootstrap interval over seeds, e.g. `0.912 [0.90, 0.92]`; too few: the mean."""
+    bounds = curve_interval(values[:, None], seed=seed)
+    if bounds is None:
+        return f"{values.mean():.3f}"
+    return f"{values.mean():.3f} [{bounds[0][0]:.3f}, {bounds[1][0]:.3f}]"
+
+
+def draw_curves(scores: Mapping[str, tuple[NDArray, Mapping[str, NDArray]]]) -> Figure:
+    """A row for each detector: histograms of log scores, then a ROC curve for each kind and seed.
+
+    Args:
+        scores: detector -> scores of the data [K, N], and of others by kind.
+    """
+    import matplotlib.pyplot as plt
+
+    figure_style()
+    kinds = list(next(iter(scores.values()))[1])
+    colours = palette(kinds)
+    figure, axes = plt.subplots(
+        len(scores), 2, figsize=(7.2, 1.9 * len(scores)), squeeze=False, layout="constrained"
+    )
+    for (name, (normal, others)), (left, right) in zip(scores.items(), axes, strict=True):
+        everything = np.concatenate([normal, *others.values()], axis=None)
+        floor = max(float(everything.min()), 1e-6 * float(everything.max()), 1e-12)
+        bins = np.geomspace(floor, max(float(everything.max()), 2 * floor), 50)
+        left.hist(np.maximum(normal.ravel(), floor), bins, density=True, color="0.6", label="data")
+        for kind, other in others.items():
+            values = np.maximum(other.ravel(), floor)
+            left.hist(values, bins, density=True, histtype="step", color=colours[kind], label=kind)
+            for k in range(len(normal)):
+                false, true = roc_curve(normal[k], other[k])
+                right.plot(false, true, color=colours[kind], linewidth=0.7, alpha=0.7)
+        left.set(xscale="log", yscale="log", title=f"{name}: scores", xlabel="score")
+        areas = [f"{m.against} {m.auroc.mean():.3f}" for m in measure(name, normal, others)]
+        right.set(title=", ".join(areas), xlabel="false positive rate", ylabel="true positive rate")
+    axes[0, 0].legend()
+    return figure
+
+
+def draw_maps(maps: Mapping[str, NDArray], obs: NDArray, action: NDArray, data: NDArray) -> Figure:
+    """The data, then each detector's score over the plane, as ranks, mean over seeds.
+
+    Ranks, because scores have no common scale: 0 is the lowest of the plane, 1 the highest.
+
+    Args:
+        maps: detector -> scores [K, actions, observations].
+        obs, action: axes of the maps.
+        data: (observation, action) pairs, [N, 2].
+    """
+    import matplotlib.pyplot as plt
+
+    figure_style()
+    columns = min(3, len(maps) + 1)
+    rows = -(-(len(maps) + 1) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.9 * columns, 2.2 * rows), squeeze=False, layout="constrained"
+    )
+    panels = list(axes.ravel())
+    panels[0].scatter(data[:, 0], data[:, 1], s=1, color="0.2", linewidths=0)
+    panels[0].set(title="data", xlim=(obs[0], obs[-1]), ylim=(action[0], action[-1]))
+    image = None
+    for panel, (name, values) in zip(panels[1:], maps.items(), strict=False):
+        order = values.reshape(len(values), -1).argsort(axis=1).argsort(axis=1)
+        ranks = (order / (order.shape[1] - 1)).reshape(values.shape).mean(axis=0)
+        image = panel.pcolormesh(obs, action, ranks, vmin=0, vmax=1, rasterized=True)
+        panel.set(title=name)
+    for panel in panels[len(maps) + 1 :]:
+        panel.set_visible(False)
+    for panel in panels:
+        panel.grid(False)
+        panel.set(xlabel="observation", ylabel="action")
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="rank of the score", shrink=0.8)
+    return figure

@@ -7,8 +7,8 @@ Whole episodes are held out, the same for all seeds. Judges nothing: scores go t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from algorithms.api import Batch, DatasetSpec
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.detectors import DetectorConfig, detectors
-from harness import datasets
 from harness.trainer import Trainer, resolve_compile, resolve_device
 from harness.typed import suggest
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 HELD_OUT = 0.1  # share of the episodes
 PERTURBATION = 0.3  # std of the noise on perturbed actions, in half widths of the bounds
@@ -33,7 +35,7 @@ class Scores:
     detector: str
     config: DetectorConfig
     data: np.ndarray  # [K, N]
-    against: Mapping[str, np.ndarray]  # uniform, perturbed, ... -> [K, N], at the same observations
+    against: Mapping[str, np.ndarray]  # uniform, perturbed, ... -> [K, N]
     grid: np.ndarray | None = None  # [K, G, G] over (observation, action), where both have 1 dim
 
 
@@ -41,8 +43,6 @@ class Rows:
     """Some rows of a dataset as a dataset; only what detectors ask for."""
 
     def __init__(self, whole: Any, index: np.ndarray) -> None:
-        from dataclasses import replace
-
         self.whole = whole
         self.index = torch.from_numpy(index).to(whole.device)
         self.spec: DatasetSpec = replace(whole.spec, num_steps=len(index))
@@ -76,7 +76,7 @@ def compare(
     names: Iterable[str] = (),
     config: DetectorConfig | None = None,
     count: int = 2000,
-    policies: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    actions: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     device: str = "auto",
     compile_mode: str = "auto",
     grid: int = 0,
@@ -87,7 +87,7 @@ def compare(
     Args:
         names: of detectors, all if empty.
         count: actions of each kind and seed.
-        policies: name -> function from observations [K, N, O] to actions [K, N, A].
+        actions: name -> observations [N, O] and actions [N, A], such as a trained policy's.
         grid: points of a side of the map over (observation, action), for one dimension of each.
         report: told of the detector, its steps done and all of them.
     Raises:
@@ -104,9 +104,11 @@ def compare(
     rng = Rng(_seeds(seeds, on), torch.zeros(len(seeds), dtype=torch.int64, device=on), Stream.TEST)
     batch = Rows(dataset, held_out).transitions(rng, count)
     compared = _others(dataset.spec, batch, rng)
-    for name, policy in (policies or {}).items():
-        compared[name] = policy(batch.obs)
-    found, trained = [], {}
+    for name, pair in (actions or {}).items():
+        obs, action = (torch.tensor(x, dtype=torch.float32, device=on) for x in pair)
+        compared[name] = obs.expand(len(seeds), -1, -1), action.expand(len(seeds), -1, -1)
+    found: list[Scores] = []
+    trained: dict[tuple[type, int], dict[str, Tensor]] = {}
     for name in chosen:
         kind, settings = known[name]
         key = (kind, settings.members)  # the three denoising scores share one model
@@ -128,7 +130,8 @@ def compare(
             learner.finish(fitted, rng)
             data = _scores(learner, batch.obs, batch.action, rng)
             against = {
-                kind: _scores(learner, batch.obs, action, rng) for kind, action in compared.items()
+                other: _scores(learner, obs, action, rng)
+                for other, (obs, action) in compared.items()
             }
             drawn = _map(learner, dataset, rng, grid) if grid else None
         found.append(Scores(name, settings, data, against, drawn))
@@ -139,16 +142,17 @@ def _seeds(seeds: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(seeds), dtype=torch.int64, device=device)
 
 
-def _others(spec: DatasetSpec, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-    """Uniform actions and the data's with noise, within the bounds."""
+def _others(spec: DatasetSpec, batch: Batch, rng: Rng) -> dict[str, tuple[Tensor, Tensor]]:
+    """Uniform actions and the data's with noise, within the bounds, beside their observations."""
     low, high = (
-        torch.tensor(bound, device=batch.obs.device) for bound in (spec.action_low, spec.action_high)
+        torch.tensor(bound, device=batch.obs.device)
+        for bound in (spec.action_low, spec.action_high)
     )
     shape = batch.action.shape[1:]
     noise = PERTURBATION * (high - low) / 2.0 * rng.normal(*shape)
     return {
-        "uniform": low + (high - low) * rng.uniform(*shape),
-        "perturbed": (batch.action + noise).clamp(low, high),
+        "uniform": (batch.obs, low + (high - low) * rng.uniform(*shape)),
+        "perturbed": (batch.obs, (batch.action + noise).clamp(low, high)),
     }
 
 
@@ -183,11 +187,28 @@ def grid_axes(dataset: Any, size: int) -> tuple[Tensor, Tensor]:
         )
     low, high = float(dataset.obs.min()), float(dataset.obs.max())
     obs = torch.linspace(low, high, size, device=dataset.device)
-    return obs, torch.linspace(
-        spec.action_low[0], spec.action_high[0], size, device=dataset.device
-    )
+    return obs, torch.linspace(spec.action_low[0], spec.action_high[0], size, device=dataset.device)
 
 
-def load(dataset_id: str, data: Mapping[str, Any] | None = None) -> Any:
-    """The dataset to compare on."""
-    return datasets.load(dataset_id, data)
+def policy_actions(
+    table: pd.DataFrame, dataset_id: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What trained policies did, from the table of `harness actions`: label -> obs and actions.
+
+    Raises:
+        ValueError: if the table has no row of the dataset.
+    """
+    rows = table[table["dataset_id"] == dataset_id]
+    if rows.empty:
+        raise ValueError(
+            f"the table has no actions on {dataset_id!r}, only on "
+            f"{', '.join(sorted(set(table['dataset_id'])))}"
+        )
+    columns = {
+        name: [f"{name}_{i}" for i in range(sum(str(c).startswith(f"{name}_") for c in rows))]
+        for name in ("obs", "action")
+    }
+    return {
+        str(label): (own[columns["obs"]].to_numpy(), own[columns["action"]].to_numpy())
+        for label, own in rows.groupby("label")
+    }

@@ -109,7 +109,7 @@ class ArtifactRecord:
 
 @dataclass(frozen=True)
 class DetectionRecord:
-    """How well one detector of out-of-distribution actions told one kind of action from the data's."""
+    """How well a detector of out-of-distribution actions told one kind from the data's."""
 
     dataset_id: str
     dataset_digest: str
@@ -126,7 +126,15 @@ class DetectionRecord:
     git_dirty: bool
 
 
-Record = DatasetRecord | TrialRecord | RunRecord | EvalRecord | MetricRecord | ArtifactRecord | DetectionRecord
+Record = (
+    DatasetRecord
+    | TrialRecord
+    | RunRecord
+    | EvalRecord
+    | MetricRecord
+    | ArtifactRecord
+    | DetectionRecord
+)
 
 
 def run_from_json(values: Mapping[str, Any]) -> RunRecord:

@@ -318,7 +318,7 @@ class Store:
         return self._frame(self._only(query, table.c.name, names, "names"))
 
     def detections(self) -> pd.DataFrame:
-        """All comparisons of detectors, by dataset, detector, what they were told from, and seed."""
+        """All comparisons of detectors, by dataset, detector, kind of action and seed."""
         table = schema.detections
         columns = (table.c.dataset_id, table.c.detector, table.c.against, table.c.seed)
         return self._frame(sa.select(table).order_by(*columns, table.c.created_at))
