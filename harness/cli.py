@@ -310,6 +310,7 @@ def ood(
     dataset: Annotated[str, typer.Argument(help="Minari id or D4RL name.")],
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
     steps: Annotated[int, typer.Option(help="Gradient steps of each detector.", min=1)] = 20_000,
+    width: Annotated[int, typer.Option(help="Of the networks' hidden layers.", min=1)] = 256,
     only: Annotated[
         list[str] | None, typer.Option("--detector", help="Only this one; may be repeated.")
     ] = None,
@@ -346,9 +347,10 @@ def ood(
 
         policies = benchmark.policy_actions(pd.read_parquet(actions_file), spec.id)
     flat = spec.obs_dim == spec.action_dim == 1
+    config = DetectorConfig(steps=steps, hidden_dim=width)
     with _detector_progress() as report:
         found = benchmark.compare(
-            data, chosen, only or (), DetectorConfig(steps=steps), count, policies, device,
+            data, chosen, only or (), config, count, policies, device,
             grid=MAP_SIDE if flat else 0, report=report,
         )  # fmt: skip
     (commit, dirty), now = provenance.git_state(), provenance.utc_now()
@@ -366,8 +368,8 @@ def ood(
     _, store = _open(home, db)
     with store:
         store.append([dataset_record(spec.id, spec.digest), *records])
-    source = {"dataset": spec.id, "digest": spec.digest, "seeds": list(chosen), "steps": steps,
-              "held_out": benchmark.HELD_OUT, "perturbation": benchmark.PERTURBATION,
+    source = {"dataset": spec.id, "digest": spec.digest, "seeds": list(chosen),
+              "steps": steps, "width": width, "held_out": benchmark.HELD_OUT, "perturbation": benchmark.PERTURBATION,
               "interval": "95 % bootstrap over seeds"}  # fmt: skip
     curves = detection.draw_curves({s.detector: (s.data, s.against) for s in found})
     files = save_figure(curves, out / "detectors", source)
