@@ -369,7 +369,8 @@ def ood(
     with store:
         store.append([dataset_record(spec.id, spec.digest), *records])
     source = {"dataset": spec.id, "digest": spec.digest, "seeds": list(chosen),
-              "steps": steps, "width": width, "held_out": benchmark.HELD_OUT, "perturbation": benchmark.PERTURBATION,
+              "steps": steps, "width": width, "held_out": benchmark.HELD_OUT,
+              "perturbation": benchmark.PERTURBATION,
               "interval": "95 % bootstrap over seeds"}  # fmt: skip
     curves = detection.draw_curves({s.detector: (s.data, s.against) for s in found})
     files = save_figure(curves, out / "detectors", source)
