@@ -126,18 +126,21 @@ def draw_curves(scores: Mapping[str, tuple[NDArray, Mapping[str, NDArray]]]) -> 
     for (name, (normal, others)), (left, right) in zip(scores.items(), axes, strict=True):
         everything = np.concatenate([normal, *others.values()], axis=None)
         floor = max(float(everything.min()), 1e-6 * float(everything.max()), 1e-12)
-        bins = np.geomspace(floor, max(float(everything.max()), 2 * floor), 50)
-        left.hist(np.maximum(normal.ravel(), floor), bins, density=True, color="0.6", label="data")
+        logs = {kind: np.log10(np.maximum(v, floor)).ravel() for kind, v in others.items()}
+        bins = np.linspace(np.log10(floor), np.log10(max(everything.max(), 2 * floor)), 50)
+        of_data = np.log10(np.maximum(normal, floor)).ravel()
+        left.hist(of_data, bins, density=True, color="0.75", label="data")
         for kind, other in others.items():
-            values = np.maximum(other.ravel(), floor)
-            left.hist(values, bins, density=True, histtype="step", color=colours[kind], label=kind)
+            left.hist(
+                logs[kind], bins, density=True, histtype="step", color=colours[kind], label=kind
+            )
             for k in range(len(normal)):
                 false, true = roc_curve(normal[k], other[k])
                 right.plot(false, true, color=colours[kind], linewidth=0.7, alpha=0.7)
-        left.set(xscale="log", yscale="log", title=f"{name}: scores", xlabel="score")
+        left.set(title=f"{name}: scores", xlabel="log10 of the score", ylabel="density")
         areas = [f"{m.against} {m.auroc.mean():.3f}" for m in measure(name, normal, others)]
         right.set(title=", ".join(areas), xlabel="false positive rate", ylabel="true positive rate")
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
