@@ -32,6 +32,7 @@ class Batch:
     terminated: Tensor  # [K, B]
     truncated: Tensor  # [K, B]
     next_action: Tensor | None = None  # [K, B, A], only if asked for; see `Dataset.transitions`
+    index: Tensor | None = None  # [K, B], int64, where the rows are; only from `Dataset.rows`
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,13 @@ class Dataset(Protocol):
                 episode ends (`terminated` or `truncated` is 1); it is zero there.
         """
 
+    def rows(self, index: Tensor, next_action: bool = False) -> Batch:
+        """The transitions at `index` [K, B], int64 in [0, spec.num_steps), with `Batch.index`.
+
+        `rows(rng.integers(spec.num_steps, batch_size))` is `transitions(rng, batch_size)`; what is
+        precomputed for every transition is found by `index`.
+        """
+
     def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         """Windows of consecutive steps that never cross an episode border: [K, B, L, ...].
 
@@ -119,6 +127,9 @@ class Learner(Protocol):
     its data measured and written (`harness synthetic`) it has `generate(dataset, rng, coef)`, which
     returns windows of transitions [K, M, H, ...], and `guidable: bool`: whether the strength of
     guidance `coef` (None: that of training) means something to it.
+
+    A learner may also have `limits`, a mapping from names of metrics to what they may not exceed: a
+    seed above one has diverged, as one that is not finite.
 
     What is done only in some steps (a delayed policy update) needs no branch on a tensor: with
     `period: int` the step is called as `update(batch, rng, phase)`, where `phase` is the Python int
@@ -188,7 +199,11 @@ class Train:
 
 @dataclass(frozen=True)
 class Make:
-    """A stage that computes: called as `function(config, dataset, inputs, rng, out)`."""
+    """A stage that computes: called as `function(config, dataset, inputs, rng, out)`.
+
+    `out.array(name, tensor led by K)` keeps a result, `out.progress(done, total)` tells how far the
+    work is.
+    """
 
     name: str
     function: Callable[..., None]

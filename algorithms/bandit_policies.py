@@ -47,9 +47,9 @@ from algorithms.blocks.layers import MLP, constant
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.vae import VAE, GaussianNet, latent_kl
 
 GAUSSIAN_LOG_STD = (-20.0, 2.0)  # official code; its tanh-Gaussian of the MMD actor has no limits
-LATENT_LOG_STD = (-4.0, 15.0)  # official code, after BCQ
 LOG_MULTIPLIER = (-5.0, 10.0)  # official code, after BEAR
 
 
@@ -85,11 +85,6 @@ class Config:
             raise ValueError("act_perturbed needs policy: cvae and guidance: q; nothing perturbs")
 
 
-def latent_kl(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(N(mean, std**2) || N(0, 1)), entry by entry."""
-    return 0.5 * (mean.square() + torch.exp(2.0 * log_std) - 1.0) - log_std
-
-
 def laplacian_mmd(x: Tensor, y: Tensor, sigma: float) -> Tensor:
     """Square root of the squared MMD plus 1e-6, kernel exp(-|x - y|_1 / (2 sigma)): [...].
 
@@ -106,38 +101,6 @@ def laplacian_mmd(x: Tensor, y: Tensor, sigma: float) -> Tensor:
 
     squared = kernel(x, x) + kernel(y, y) - 2.0 * kernel(x, y)
     return torch.sqrt(squared + 1e-6)  # keeps the slope finite where the two agree
-
-
-class GaussianNet(nn.Module):
-    """Mean and log-std of a diagonal Gaussian, both [K, *rows, A], from one network."""
-
-    def __init__(self, rng: Rng, sizes: Sequence[int]) -> None:
-        super().__init__()
-        self.net = MLP(rng, (*sizes[:-1], 2 * sizes[-1]))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = self.net(x).chunk(2, dim=-1)
-        return mean, log_std
-
-
-class VAE(nn.Module):
-    """Conditional variational auto-encoder of actions; decodes to before the tanh."""
-
-    def __init__(
-        self, rng: Rng, obs_dim: int, action_dim: int, latent_dim: int, width: int
-    ) -> None:
-        super().__init__()
-        self.encoder = GaussianNet(rng, (obs_dim + action_dim, width, width, latent_dim))
-        self.decoder = MLP(rng, (obs_dim + latent_dim, width, width, action_dim))
-
-    def forward(self, obs: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is decoded from a draw of the latent, and the latent's mean and log-std."""
-        mean, log_std = self.encoder(torch.cat((obs, action), dim=-1))
-        log_std = log_std.clamp(*LATENT_LOG_STD)
-        return self.decode(obs, mean + torch.exp(log_std) * noise), mean, log_std
-
-    def decode(self, obs: Tensor, latent: Tensor) -> Tensor:
-        return self.decoder(torch.cat((obs, latent), dim=-1))
 
 
 class Multiplier(nn.Module):

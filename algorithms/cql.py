@@ -40,14 +40,14 @@ from torch import Tensor, nn
 from algorithms.api import Batch, Dataset, DatasetSpec, Metrics, Recipe, Rng, Train
 from algorithms.blocks.bounds import ActionBounds
 from algorithms.blocks.critics import QEnsemble, polyak_update, squared_td_error, td_target
+from algorithms.blocks.entropy import LogScalar, entropy_loss
 from algorithms.blocks.gaussians import TanhGaussian, tanh_normal
-from algorithms.blocks.layers import constant, frozen_copy
+from algorithms.blocks.layers import frozen_copy
 from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
 
-MULTIPLIER_MAX = 1e6
 OUTPUT_GAIN = 0.01  # of all last layers
 
 
@@ -112,18 +112,6 @@ class Critics(nn.Module):
         return torch.cat([group(obs, action) for group in self.groups], dim=1)
 
 
-class LogScalar(nn.Module):
-    """exp of a learned number per seed, at most `MULTIPLIER_MAX`: [K]."""
-
-    def __init__(self, rng: Rng, start: float) -> None:
-        super().__init__()
-        log = torch.full_like(rng.step, start, dtype=torch.float32)
-        self.log = constant(log.unsqueeze(1))  # [K, 1]
-
-    def forward(self) -> Tensor:
-        return self.log.squeeze(1).exp().clamp(max=MULTIPLIER_MAX)
-
-
 class CQL(nn.Module):
     """Learner and policy; see the module's docstring."""
 
@@ -168,7 +156,7 @@ class CQL(nn.Module):
         )
         log_pi = metrics["log_pi"]
         entropy_grads, found = gradients(
-            self.entropy_coef, lambda coef: self.entropy_loss(coef, log_pi)
+            self.entropy_coef, lambda coef: entropy_loss(coef, log_pi, self.target_entropy)
         )
         metrics |= found
         target = self.q_target(next_obs, batch, entropy_coef, rng)
@@ -200,12 +188,6 @@ class CQL(nn.Module):
         q = self.critic(obs, self.bounds.stretch(unit)).amin(dim=1)  # [K, B]
         per_seed = (entropy_coef.unsqueeze(1) * log_pi - q).mean(dim=-1)
         return per_seed, {"actor_loss": per_seed, "log_pi": log_pi.mean(dim=-1)}
-
-    def entropy_loss(self, coef: Any, log_pi: Tensor) -> tuple[Tensor, Metrics]:
-        """-log(entropy_coef) (mean log pi + target entropy), [K]."""
-        now = coef()
-        per_seed = -torch.log(now) * (log_pi + self.target_entropy)
-        return per_seed, {"entropy_coef": now}
 
     def q_target(self, next_obs: Tensor, batch: Batch, entropy_coef: Tensor, rng: Rng) -> Tensor:
         """r + gamma min Q'(s', a'), a' the policy's (or the best of several): [K, B]."""

@@ -118,6 +118,10 @@ class TinyDataset:
             }
         )
 
+    def rows(self, index: Tensor, next_action: bool = False) -> Batch:
+        names = (*COLUMNS, "next_action") if next_action else COLUMNS
+        return replace(self._rows(index, names), index=index)
+
     def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         if not 1 <= length <= self.episode_length:
             raise ValueError(f"length is {length}; episodes have {self.episode_length} steps")
@@ -450,28 +454,29 @@ def cases(
     recipe: Recipe,
     config: Any = None,
     dataset: Any = None,
-    made: Mapping[str, StageInput] | None = None,
+    seeds: tuple[int, ...] = Case.seeds,
+    full_length: bool = False,
 ) -> Iterator[Case]:
-    """A case for each `Train` stage, with the stages it needs trained for a few steps or made.
+    """A case for each `Train` stage, with the stages it needs trained for a few steps, or made.
 
     Args:
         config: default `recipe.config()`; pass a small one.
-        made: results to take for `Make` stages instead of computing them, led by one row that
-            every seed shares.
+        full_length: cases have the steps that their stages declare.
     """
     config = recipe.config() if config is None else config
     dataset = TinyDataset() if dataset is None else dataset
     done: dict[str, dict[int, StageInput]] = {}
-    for stage in recipe.stages(config):
+    parts = recipe.stages(config)
+    for stage in parts:
         if isinstance(stage, Make):
-            if stage.name in (made or {}):
-                done[stage.name] = dict.fromkeys(Case.seeds, (made or {})[stage.name])
-            else:
-                done[stage.name] = make(stage, dataset, done)
+            done[stage.name] = make(stage, dataset, done, seeds)
             continue
         inputs = {name: done[name] for name in stage.needs}
-        case = Case(stage, dataset, inputs, steps=min(Case.steps, stage.steps))
+        steps = stage.steps if full_length else min(Case.steps, stage.steps)
+        case = Case(stage, dataset, inputs, seeds, steps)
         yield case
+        if stage == parts[-1]:
+            return  # nothing needs it
         learner = case.build()
         case.train(learner)
         state = _state(learner)
@@ -486,14 +491,20 @@ class MadeArrays(State):
     def array(self, name: str, values: Tensor) -> None:
         self[name] = values.clone()
 
+    def progress(self, done: int, total: int) -> None:
+        pass
+
 
 def make(
-    stage: Make, dataset: Any, done: Mapping[str, Mapping[int, StageInput]]
+    stage: Make,
+    dataset: Any,
+    done: Mapping[str, Mapping[int, StageInput]],
+    seeds: tuple[int, ...] = Case.seeds,
 ) -> dict[int, StageInput]:
     """The result of a `Make` stage for each seed, which must be the same in a stack and alone.
 
     Raises:
-        ContractError: if it is not.
+        ContractError: if it is not, or an array is not led by the seeds.
     """
 
     def run(seeds: Sequence[int]) -> MadeArrays:
@@ -504,20 +515,23 @@ def make(
             stage.function(stage.config, dataset, inputs, rng, out)
         return out
 
-    together = run(Case.seeds)
-    for i, seed in enumerate(Case.seeds):
+    together = run(seeds)
+    for name, values in together.items():
+        if values.dim() == 0 or values.shape[0] != len(seeds):
+            raise ContractError(
+                f"array {name} of stage {stage.name} has shape {tuple(values.shape)}; expected the "
+                f"first dimension to be the {len(seeds)} seeds"
+            )
+    for i, seed in enumerate(seeds):
         rule = f"stage {stage.name}: seed {seed} in a stack must equal itself alone"
         _same(_seed_of(together, i), run([seed]), rule)
-    return {
-        seed: StageInput(stage.config, _seed_of(together, i)) for i, seed in enumerate(Case.seeds)
-    }
+    return {seed: StageInput(stage.config, _seed_of(together, i)) for i, seed in enumerate(seeds)}
 
 
 def check_recipe(
     recipe: Recipe,
     config: Any = None,
     dataset: Any = None,
-    made: Mapping[str, StageInput] | None = None,
 ) -> None:
     """Runs every quick check on every `Train` stage of a recipe, and act on the last.
 
@@ -530,7 +544,7 @@ def check_recipe(
     if not any(f.name == "steps" for f in fields(config)):
         raise ContractError(f"{recipe.name}: the config has no field `steps`")
     last = recipe.stages(config)[-1]
-    for case in cases(recipe, config, dataset, made):
+    for case in cases(recipe, config, dataset):
         if case.stage.recipe is not None:
             continue
         for check in (*CHECKS, check_policy) if case.stage == last else CHECKS:

@@ -11,7 +11,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 OK, SOME_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
 QUICKSTART_STEPS = 50_000  # of PointMaze data; about 20 s of simulation
+MAP_SIDE = 101  # points of a side of a detector's map
 LATENCY_COLUMNS = (
     *("method", "dataset", "seed", "mode", "batch", "ms/call", "over rounds", "p99"),
     *("ms/action", "calls"),
@@ -455,6 +457,116 @@ def synthetic(
         console.print(f"{write}: harness data card {write}", highlight=False)
     for name, reason in left_out.items():
         console.print(f"  left out {name}: {reason}", highlight=False)
+
+
+@app.command()
+def ood(
+    dataset: Annotated[str, typer.Argument(help="Minari id or D4RL name.")],
+    seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
+    steps: Annotated[int, typer.Option(help="Gradient steps of each detector.", min=1)] = 20_000,
+    width: Annotated[int, typer.Option(help="Of the networks' hidden layers.", min=1)] = 256,
+    only: Annotated[
+        list[str] | None, typer.Option("--detector", help="Only this one; may be repeated.")
+    ] = None,
+    actions_file: Annotated[
+        Path | None,
+        typer.Option("--actions", help="Also what trained policies do: of `harness actions`."),
+    ] = None,
+    count: Annotated[int, typer.Option(help="Actions of each kind and seed.", min=10)] = 2000,
+    out: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("ood"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare detectors of out-of-distribution actions: held-out data against other actions."""
+    import torch
+
+    from algorithms.detectors import DetectorConfig
+    from analysis import detection
+    from analysis.plots import save_figure
+    from harness import datasets, provenance
+    from harness import ood as benchmark
+    from harness.ingest import dataset_record
+    from harness.spec import parse_seeds
+    from harness.typed import config_to_dict
+    from results.records import DetectionRecord
+
+    chosen = parse_seeds(seeds)
+    data = datasets.load(dataset)
+    spec = data.spec
+    policies = {}
+    if actions_file is not None:
+        import pandas as pd
+
+        policies = benchmark.policy_actions(pd.read_parquet(actions_file), spec.id)
+    flat = spec.obs_dim == spec.action_dim == 1
+    config = DetectorConfig(steps=steps, hidden_dim=width)
+    with _detector_progress() as report:
+        found = benchmark.compare(
+            data, chosen, only or (), config, count, policies, device,
+            grid=MAP_SIDE if flat else 0, report=report,
+        )  # fmt: skip
+    (commit, dirty), now = provenance.git_state(), provenance.utc_now()
+    measured = {s.detector: detection.measure(s.detector, s.data, s.against) for s in found}
+    records = [
+        DetectionRecord(
+            spec.id, spec.digest, scores.detector, config_to_dict(scores.config), seed, m.against,
+            len(scores.against[m.against][k]), float(m.auroc[k]), float(m.aupr[k]),
+            float(m.fpr95[k]), now, commit, dirty,
+        )
+        for scores in found
+        for m in measured[scores.detector]
+        for k, seed in enumerate(chosen)
+    ]  # fmt: skip
+    _, store = _open(home, db)
+    with store:
+        store.append([dataset_record(spec.id, spec.digest), *records])
+    source = {"dataset": spec.id, "digest": spec.digest, "seeds": list(chosen),
+              "steps": steps, "width": width, "held_out": benchmark.HELD_OUT,
+              "perturbation": benchmark.PERTURBATION,
+              "interval": "95 % bootstrap over seeds"}  # fmt: skip
+    curves = detection.draw_curves({s.detector: (s.data, s.against) for s in found})
+    files = save_figure(curves, out / "detectors", source)
+    if flat:
+        obs, action = (axis.cpu().numpy() for axis in benchmark.grid_axes(data, MAP_SIDE))
+        pairs = torch.cat((data.obs, data.action), dim=1).cpu().numpy()
+        maps = {s.detector: s.grid for s in found if s.grid is not None}
+        files += save_figure(detection.draw_maps(maps, obs, action, pairs), out / "maps", source)
+    rows = [m for each in measured.values() for m in each]
+    if as_json:
+        values = [
+            {"detector": m.detector, "against": m.against, "auroc": m.auroc.tolist(),
+             "aupr": m.aupr.tolist(), "fpr95": m.fpr95.tolist()}
+            for m in rows
+        ]  # fmt: skip
+        print(json.dumps({"detections": values, "files": [str(path) for path in files]}))
+        return
+    table = Table("detector", "against", "AUROC", "AUPR", "FPR at 95 % TPR")
+    for m in rows:
+        cells = (detection.with_interval(v) for v in (m.auroc, m.aupr, m.fpr95))
+        table.add_row(m.detector, m.against, *cells)
+    console.print(table)
+    caption = f"{spec.id}: {len(chosen)} seeds, {steps} steps, 95 % bootstrap intervals over seeds"
+    console.print(caption, highlight=False)
+    for path in files:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _detector_progress() -> Iterator[Any]:
+    """A bar on stderr for each detector that is being trained."""
+    from rich.progress import Progress
+
+    with Progress(console=errors) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done)
+
+        yield report
 
 
 @app.command()

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 BANDIT_ID = "offline_rl_harness/Bandit2D-v0"
 RING_ID = "offline_rl_harness/Ring2D-v0"
+NAVIGATION_ID = "offline_rl_harness/Navigation1D-v0"
 
 # The cell that holds the one fixed goal, as in maze2d.
 _GOAL_CELL = {"open": (2, 3), "umaze": (1, 1), "medium": (6, 6), "large": (7, 9)}
@@ -433,5 +434,43 @@ class Ring2D(gym.Env):
 
 if RING_ID not in gym.registry:
     gym.register(id=RING_ID, entry_point="harness.environments:Ring2D", max_episode_steps=1)
+
+
+class Navigation1D(gym.Env):
+    """DOSER's 1-D navigation (Sec. 4.1): steps of at most 1 on [-10, 10]; reward -|position|."""
+
+    REACH = 10.0
+    # Sum of rewards over 20 steps from a uniform start: standing still, and going straight to 0.
+    ANCHORS = (-100.0, -14.25)
+
+    metadata = {"render_modes": []}  # noqa: RUF012 (Gymnasium's interface)
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Box(-self.REACH, self.REACH, (1,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    @classmethod
+    def moved(cls, position: Any, action: Any) -> Any:
+        """Where an action leads."""
+        return np.clip(position + np.clip(action, -1.0, 1.0), -cls.REACH, cls.REACH)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.position = self.np_random.uniform(-self.REACH, self.REACH)
+        return np.array([self.position], np.float32), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.position = float(self.moved(self.position, np.asarray(action, np.float64).item()))
+        return np.array([self.position], np.float32), -abs(self.position), False, False, {}
+
+
+if NAVIGATION_ID not in gym.registry:
+    gym.register(
+        id=NAVIGATION_ID,
+        entry_point="harness.environments:Navigation1D",
+        max_episode_steps=20,
+    )
 if BANDIT_ID not in gym.registry:
     gym.register(id=BANDIT_ID, entry_point="harness.environments:Bandit2D", max_episode_steps=1)

@@ -6,6 +6,7 @@ does not know files, databases, environments or Ray: `harness.worker` does the r
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +31,15 @@ A cold build takes 20 to 60 s on CPU and saves about a quarter of each step.
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where one seed stopped being finite."""
+    """Where one seed stopped being finite, or passed a limit that its learner declares."""
 
-    step: int  # the gradient step (counted from 1) whose metric was not finite
+    step: int  # the gradient step (counted from 1) whose metric was not finite, or too large
     metric: str
+    limit: float | None = None  # what it passed while still finite
 
     def __str__(self) -> str:
-        return f"{self.metric} is not finite at step {self.step}"
+        reason = "is not finite" if self.limit is None else f"is above {self.limit:g}"
+        return f"{self.metric} {reason} at step {self.step}"
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Trainer:
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self.step = torch.zeros(len(seeds), dtype=torch.int64, device=device)
         self._steps_done = 0
+        self.limits: Mapping[str, float] = getattr(learner, "limits", {})
         self._sums: dict[tuple[int, ...], _Sums] = {}  # of the open chunk, by phase
         self._called: set[tuple[int, ...]] = set()  # phases whose step was called
         self._step_function = (
@@ -160,7 +164,7 @@ class Trainer:
             raise ValueError(f"num_steps is {num_steps}; expected at least 1")
         started = time.perf_counter()
         first_calls, first_call_seconds = 0, 0.0
-        sums, asked = self._sums, started
+        sums, asked, limits = self._sums, started, self.limits
         with torch.no_grad():
             for step in range(self._steps_done, self._steps_done + num_steps):
                 if stop is not None and time.perf_counter() - asked > STOP_CHECK_S:
@@ -178,17 +182,18 @@ class Trainer:
                         first_call_seconds += time.perf_counter() - called
                     self._called.add(phase)
                 if phase not in sums:
-                    sums[phase] = _Sums.of(names, values)
+                    sums[phase] = _Sums.of(names, values, limits)
                 sums[phase].add(names, values, self.step)
         self._sums = {}
         rows = tuple(name for each in sums.values() for name in each.names)
         means = torch.cat([each.total / each.count for each in sums.values()]).cpu()
         bad = torch.cat([each.first_bad for each in sums.values()]).cpu()
+        finite = torch.cat([each.finite for each in sums.values()]).cpu()
         weights = torch.tensor([each.count for each in sums.values() for _ in each.names])
         return Chunk(
             step=self._steps_done,
             metrics=_mean_by_name(rows, means, weights),
-            diverged=_first_divergence(rows, bad),
+            diverged=_first_divergence(rows, bad, finite, limits),
             num_steps=num_steps,
             seconds=time.perf_counter() - started,
             first_call_seconds=first_call_seconds,
@@ -247,7 +252,7 @@ class Trainer:
         self.learner.load_state_dict(stack_states(states))
         self.step.copy_(step)
         self._steps_done = int(step[0])
-        self._sums = _open_sums(states, self.device)
+        self._sums = _open_sums(states, self.device, self.limits)
 
 
 def stack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -262,46 +267,57 @@ class _Sums:
 
     names: tuple[str, ...]
     total: Tensor  # [M, K]
-    first_bad: Tensor  # [M, K], the first step that was not finite, or -1
+    first_bad: Tensor  # [M, K], the first step that was not finite or above its limit, or -1
+    finite: Tensor  # bool [M, K], whether it was finite in that step
+    limit: Tensor  # [M, 1], infinite where there is none
     count: int = 0
 
     @classmethod
-    def of(cls, names: tuple[str, ...], values: Tensor) -> _Sums:
+    def of(cls, names: tuple[str, ...], values: Tensor, limits: Mapping[str, float]) -> _Sums:
         zeros = torch.zeros_like(values, dtype=torch.float64)
-        return cls(names, zeros, torch.full_like(values, -1, dtype=torch.int64))
+        none = torch.full_like(values, -1, dtype=torch.int64)
+        limit = values.new_tensor([[limits.get(name, math.inf)] for name in names])
+        return cls(names, zeros, none, torch.zeros_like(values, dtype=torch.bool), limit)
 
     def add(self, names: tuple[str, ...], values: Tensor, step: Tensor) -> None:
         if names != self.names:  # read from a checkpoint, which keeps no order
             order = [self.names.index(name) for name in names]
-            self.names, self.total = names, self.total[order]
-            self.first_bad = self.first_bad[order]
+            self.names, self.total, self.limit = names, self.total[order], self.limit[order]
+            self.first_bad, self.finite = self.first_bad[order], self.finite[order]
         self.total += values
-        newly_bad = ~torch.isfinite(values) & (self.first_bad < 0)
+        finite = torch.isfinite(values)
+        newly_bad = (~finite | (values > self.limit)) & (self.first_bad < 0)
         self.first_bad = torch.where(newly_bad, step, self.first_bad)
+        self.finite = torch.where(newly_bad, finite, self.finite)
         self.count += 1
 
     def of_seed(self, index: int) -> dict[str, Tensor]:
-        """One seed's sums by metric, each [1, 3]: total, first step not finite, count."""
+        """One seed's sums by metric, each [1, 4]: total, first bad step, whether finite, count."""
+        columns = (self.total, self.first_bad.double(), self.finite.double())
         count = torch.full_like(self.total[:, index], self.count)
-        values = torch.stack((self.total[:, index], self.first_bad[:, index].double(), count), 1)
+        values = torch.stack((*(column[:, index] for column in columns), count), dim=1)
         return {name: row.unsqueeze(0) for name, row in zip(self.names, values.cpu(), strict=True)}
 
 
 def _open_sums(
-    states: Sequence[Mapping[str, Tensor]], device: torch.device
+    states: Sequence[Mapping[str, Tensor]], device: torch.device, limits: Mapping[str, float]
 ) -> dict[tuple[int, ...], _Sums]:
     """The open chunk that states were taken in, by phase; empty between chunks."""
     found: dict[tuple[int, ...], dict[str, Tensor]] = {}
     for key in states[0]:
         if key.startswith(OPEN_KEY):
             numbers, name = key.removeprefix(OPEN_KEY + "/").split("/", 1)
-            values = torch.cat([state[key] for state in states]).to(device)  # [K, 3]
+            values = torch.cat([state[key] for state in states]).to(device)  # [K, 4]
             at = tuple(int(number) for number in numbers.split(",") if number)
             found.setdefault(at, {})[name] = values
     sums = {}
     for phase, metrics in found.items():
-        total, first_bad, count = torch.stack(list(metrics.values())).unbind(dim=-1)  # [M, K]
-        sums[phase] = _Sums(tuple(metrics), total, first_bad.long(), int(count[0, 0]))
+        columns = torch.stack(list(metrics.values())).unbind(dim=-1)  # each [M, K]
+        total, first_bad, finite, count = columns
+        opened = _Sums.of(tuple(metrics), total.float(), limits)
+        opened.total, opened.first_bad, opened.finite = total, first_bad.long(), finite.bool()
+        opened.count = int(count[0, 0])
+        sums[phase] = opened
     return sums
 
 
@@ -315,11 +331,18 @@ def _mean_by_name(rows: tuple[str, ...], means: Tensor, weights: Tensor) -> dict
     return found
 
 
-def _first_divergence(names: tuple[str, ...], first_bad: Tensor) -> dict[int, Divergence]:
+def _first_divergence(
+    names: tuple[str, ...], first_bad: Tensor, finite: Tensor, limits: Mapping[str, float]
+) -> dict[int, Divergence]:
     found: dict[int, Divergence] = {}
     for index in range(first_bad.shape[1]):
-        column = [(int(step), name) for step, name in zip(first_bad[:, index], names, strict=True)]
-        bad = [entry for entry in column if entry[0] >= 0]
+        bad = [
+            Divergence(step, name, limits.get(name) if was_finite else None)
+            for name, step, was_finite in zip(
+                names, first_bad[:, index].tolist(), finite[:, index].tolist(), strict=True
+            )
+            if step >= 0
+        ]
         if bad:
-            found[index] = Divergence(*min(bad, key=lambda entry: entry[0]))
+            found[index] = min(bad, key=lambda entry: entry.step)
     return found

@@ -275,10 +275,17 @@ def load_trained(
 
 @dataclass
 class MakeOutput:
-    """Where a `Make` stage puts what it computed: `out.array(name, tensor led by K)`."""
+    """Where a `Make` stage puts what it computed: `out.array(name, tensor led by K)`.
+
+    It may call `out.progress(done, total)` on its way.
+    """
 
     num_seeds: int
+    report: Callable[[Progress], None]
     arrays: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def progress(self, done: int, total: int) -> None:
+        self.report(Progress(done, total, 0.0))
 
     def array(self, name: str, values: torch.Tensor) -> None:
         if values.dim() == 0 or values.shape[0] != self.num_seeds:
@@ -297,7 +304,7 @@ def _run_make(job: Job, declared: Make, report: Callable[[Progress], None]) -> s
     inputs = _load_inputs(ArtifactStore(job.home.artifacts), job.stack.stages, declared, device)
     seeds = torch.tensor(job.stack.seeds, dtype=torch.int64, device=device)
     rng = Rng(seeds, torch.zeros_like(seeds), Stream.MAKE)
-    out = MakeOutput(len(job.stack.seeds))
+    out = MakeOutput(len(job.stack.seeds), report)
     with torch.no_grad():
         declared.function(declared.config, dataset, inputs, rng, out)
     for index, stage in enumerate(job.stack.stages):

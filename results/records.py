@@ -129,6 +129,25 @@ class LatencyRecord:
     hardware: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class DetectionRecord:
+    """How well a detector of out-of-distribution actions told one kind from the data's."""
+
+    dataset_id: str
+    dataset_digest: str
+    detector: str
+    config: Mapping[str, Any]
+    seed: int
+    against: str  # uniform, perturbed, or a policy's label
+    count: int  # actions of each kind
+    auroc: float
+    aupr: float
+    fpr95: float  # false positive rate at 95 % true positives
+    created_at: str
+    git_commit: str
+    git_dirty: bool
+
+
 Record = (
     DatasetRecord
     | TrialRecord
@@ -137,6 +156,7 @@ Record = (
     | MetricRecord
     | ArtifactRecord
     | LatencyRecord
+    | DetectionRecord
 )
 
 

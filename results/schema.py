@@ -20,7 +20,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = "0004"
+VERSION = "0005"
 """The newest migration: what `Store.open` brings a database to."""
 
 VERSION_TABLE = "migrations"
@@ -196,4 +196,26 @@ latencies = sa.Table(
     sa.Column("round_medians_ms", CanonicalJson, nullable=False),
     sa.Column("versions", CanonicalJson, nullable=False),
     sa.Column("hardware", CanonicalJson, nullable=False),
+)
+
+# Detectors compared on a dataset belong to no run.
+detections = sa.Table(
+    "detections",
+    metadata,
+    sa.Column("dataset_id", sa.Text, primary_key=True),
+    sa.Column("dataset_digest", sa.Text, primary_key=True),
+    sa.Column("detector", sa.Text, primary_key=True),
+    sa.Column("config", CanonicalJson, primary_key=True),
+    sa.Column("seed", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("against", sa.Text, primary_key=True),
+    sa.Column("count", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("auroc", sa.Double, nullable=False),
+    sa.Column("aupr", sa.Double, nullable=False),
+    sa.Column("fpr95", sa.Double, nullable=False),
+    sa.Column("created_at", UtcTime, nullable=False),
+    sa.Column("git_commit", sa.Text, nullable=False),
+    sa.Column("git_dirty", sa.Boolean, nullable=False),
+    sa.ForeignKeyConstraint(
+        ["dataset_id", "dataset_digest"], ["datasets.dataset_id", "datasets.digest"]
+    ),
 )

@@ -28,6 +28,7 @@ from results.errors import MissingParentError, StoreError
 from results.records import (
     ArtifactRecord,
     DatasetRecord,
+    DetectionRecord,
     EvalRecord,
     LatencyRecord,
     MetricRecord,
@@ -51,6 +52,7 @@ _TABLES: dict[type, sa.Table] = {  # parents before children
     MetricRecord: schema.metrics,
     ArtifactRecord: schema.artifacts,
     LatencyRecord: schema.latencies,
+    DetectionRecord: schema.detections,
 }
 _STATUSES: tuple[str, ...] = get_args(Status)
 
@@ -165,6 +167,9 @@ class Store:
         for row in rows.get(TrialRecord, ()):
             key = (row["dataset_id"], row["dataset_digest"])
             needed["dataset"].setdefault(key, f"trial {row['trial_id']}")
+        for row in rows.get(DetectionRecord, ()):
+            key = (row["dataset_id"], row["dataset_digest"])
+            needed["dataset"].setdefault(key, f"detector {row['detector']}")
         for row in rows.get(RunRecord, ()):
             needed["trial"].setdefault(row["trial_id"], f"run {row['run_id']}")
         for kind, word in (
@@ -328,6 +333,12 @@ class Store:
         )
         return self._frame(self._only(query, run.c.trial_id, trial_ids))
 
+    def detections(self) -> pd.DataFrame:
+        """All comparisons of detectors, by dataset, detector, kind of action and seed."""
+        table = schema.detections
+        columns = (table.c.dataset_id, table.c.detector, table.c.against, table.c.seed)
+        return self._frame(sa.select(table).order_by(*columns, table.c.created_at))
+
     def artifacts(self) -> pd.DataFrame:
         """All published stages."""
         table = schema.artifacts
@@ -355,6 +366,7 @@ class Store:
             MetricRecord: schema.metrics.c.run_id.in_(of_runs),
             ArtifactRecord: schema.artifacts.c.run_id.in_(of_runs),
             LatencyRecord: schema.latencies.c.run_id.in_(of_runs),
+            DetectionRecord: schema.detections.c.dataset_id.in_(used),
         }
         wanted = set(kinds)
         for kind, table in _TABLES.items():

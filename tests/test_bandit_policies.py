@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from algorithms.bandit_policies import BanditPolicy, Config, laplacian_mmd, latent_kl
+from algorithms.bandit_policies import BanditPolicy, Config, laplacian_mmd
 from algorithms.blocks.critics import normalized_q_loss
 from algorithms.blocks.rng import Rng, Stream
+from algorithms.blocks.vae import latent_kl
 from algorithms.testing import TinyDataset
 from tests.bandit import actions, bandit_dataset, train
 

@@ -21,6 +21,7 @@ from algorithms import (
     cql,
     diffusion_bc,
     diffusion_ql,
+    doser,
     edp,
     idql,
     iql,
@@ -48,6 +49,16 @@ TEACHER = Pretrained("diffusion_bc", config={"hidden_dim": 32, "batch_size": 32}
 SMALL_VDD = vdd.Config(
     teacher=TEACHER, hidden_dim=32, batch_size=32, num_experts=4, gate_states=32, steps=STEPS
 )
+SMALL_DOSER = doser.Config(
+    hidden_dim=32,
+    batch_size=32,
+    budget=16,
+    diffusion_batch_size=32,
+    dynamics_batch_size=32,
+    percentile=50.0,
+    num_candidates=3,
+    sampler_steps=2,
+)
 TRIALS = {
     **{
         f"bandit_policy_{policy}_{guidance}": (
@@ -71,6 +82,19 @@ TRIALS = {
         edp.recipe,
         edp.Config(hidden_dim=32, batch_size=32, clip_norm=1.0, ema_start=10, num_candidates=8),
     ),
+    "doser": (doser.recipe, SMALL_DOSER),
+    "doser_paper": (
+        doser.recipe,
+        replace(
+            SMALL_DOSER,
+            candidates="budget",
+            backup="behaviour",
+            id_value="target",
+            reduction="sum",
+            detector="stratified",
+        ),
+    ),
+    "doser_uniform": (doser.recipe, replace(SMALL_DOSER, treatment="uniform", detector="cvae")),
     "idql": (idql.recipe, SMALL_IDQL),
     "idql_dec2023": (
         idql.recipe,
@@ -107,8 +131,8 @@ TRIALS = {
 
 def trial(name: str) -> dict:
     recipe, config = TRIALS[name]
-    (*_, last) = cases(recipe, config)  # what it needs is trained for a few steps
-    case = replace(last, seeds=last.seeds[:1] if last.inputs else (0,), steps=STEPS)
+    *_, case = cases(recipe, config, seeds=(0,))  # what it needs is trained for a few steps
+    case = replace(case, steps=STEPS)
     learner = case.build()
     history = case.train(learner)
     rng = Rng.at_step(case.seeds, STEPS, Stream.EVALUATION)

@@ -17,6 +17,7 @@ from algorithms import (
     cql,
     diffusion_bc,
     diffusion_ql,
+    doser,
     edp,
     idql,
     iql,
@@ -35,6 +36,7 @@ RECIPES = [
     diffusion_bc.recipe,
     diffusion_ql.recipe,
     edp.recipe,
+    doser.recipe,
     idql.recipe,
     iql.recipe,
     iql.corl_recipe,
@@ -337,3 +339,42 @@ def test_cql_uses_corls_row_of_the_group(name, cql_coef, lr, changes, reward):
     block = first_match(cql.recipe, name)
     assert cql.Config(**block["config"]) == cql.Config(cql_coef=cql_coef, lr=lr, **changes)
     assert block["data"].get("reward", "none") == reward
+
+
+# name: beta, expectile, percentile, state levels, q_min; typed from the reference.
+DOSER = """
+halfcheetah-medium-v2 .001 .9 99 1 -366
+hopper-medium-v2 .001 .9 99 10 -125
+walker2d-medium-v2 .01 .9 99 10 -471
+halfcheetah-medium-replay-v2 .001 .9 99 10 -366
+hopper-medium-replay-v2 .001 .9 99 1 -125
+walker2d-medium-replay-v2 .001 .9 99 1 -471
+halfcheetah-medium-expert-v2 .05 .7 80 1 -366
+hopper-medium-expert-v2 .05 .7 80 1 -125
+walker2d-medium-expert-v2 .05 .7 80 1 -471
+halfcheetah-expert-v2 .05 .7 80 1 -366
+hopper-expert-v2 .05 .7 80 1 -125
+walker2d-expert-v2 .05 .7 80 1 -471
+halfcheetah-random-v2 .001 .9 99 1 -366
+hopper-random-v2 .001 .9 99 1 -125
+walker2d-random-v2 .001 .9 99 1 -471
+surrogate/hopper/medium-v0 .001 .9 99 10 -125
+surrogate/halfcheetah/medium-v0 .001 .9 99 1 -366
+local/pen/expert-v0 .05 .7 80 1 -715
+"""
+
+
+@pytest.mark.parametrize("row", DOSER.strip().splitlines(), ids=lambda r: r.split()[0])
+def test_doser_uses_the_released_row(row):
+    name, *values = row.split()
+    config = doser.Config(**first_match(doser.recipe, name)["config"])
+    found = (config.penalty_coef, config.expectile, config.percentile, config.state_levels)
+    assert (*found, config.q_min) == tuple(float(value) for value in values)
+    assert config.q_min_rule == "constant"
+    fixed = (config.compensation_coef, config.compensation_scale, config.num_candidates)
+    assert (*fixed, config.action_levels) == (0.001, 0.9, 10, 1)
+
+
+def test_doser_leaves_q_min_to_the_rule_where_no_constant_is_known():
+    for name in ("antmaze-large-play-v0", "generated/pointmaze/umaze-v0", "door-human-v1"):
+        assert doser.Config(**first_match(doser.recipe, name)["config"]).q_min_rule == "data"

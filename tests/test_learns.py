@@ -21,9 +21,11 @@ from algorithms.bc import Config as BCConfig
 from algorithms.blocks.ddpm import Diffusion
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.diffusion_ql import Config, DiffusionQL
+from algorithms.doser import Config as DOSERConfig
+from algorithms.doser import recipe as doser_recipe
 from algorithms.edp import Config as EDPConfig
 from algorithms.edp import EfficientDiffusionPolicy
-from algorithms.testing import Case, MadeArrays, TinyDataset
+from algorithms.testing import Case, MadeArrays, TinyDataset, cases
 from harness.worker import MakeOutput
 from tests.bandit import CORNERS, actions, bandit_dataset, corner_fractions, train
 
@@ -176,6 +178,37 @@ def test_a_student_keeps_the_corners_of_its_diffusion_teacher():
     assert nearest_corner(found).min() > 0.1
     entropy = learner.log_density(torch.zeros(2, 100, 2), torch.zeros(2, 100, 2))
     assert entropy.max() < -5, "nothing is in the middle"
+
+
+@pytest.mark.slow
+def test_doser_moves_to_the_best_corner_through_all_of_its_stages():
+    dataset = bandit_dataset()
+    config = DOSERConfig(
+        steps=800,
+        model_steps=600,
+        hidden_dim=64,
+        batch_size=128,
+        diffusion_batch_size=256,
+        lr=1e-3,
+        critic_lr=1e-3,
+        entropy_lr=3e-3,
+        model_lr=2e-3,
+        num_candidates=4,
+        sampler_steps=10,
+        action_levels=10,
+        percentile=95.0,
+        penalty_coef=0.05,
+        q_min_rule="constant",
+        q_min=-5.0,
+    )
+    *_, case = cases(doser_recipe, config, dataset, SEEDS, full_length=True)
+    learner = case.build()
+    _, metrics = train(learner, dataset, SEEDS, config.steps)
+    chosen = actions(learner, SEEDS, 1)[:, 0]  # deterministic
+    assert np.linalg.norm(chosen - CORNERS[3], axis=-1).max() < 0.3
+    assert metrics["ood_rate"].max() < 0.5
+    kinds = metrics["detrimental_rate"] + metrics["beneficial_rate"]
+    assert torch.allclose(kinds, metrics["ood_rate"])
 
 
 @pytest.mark.parametrize(

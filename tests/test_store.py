@@ -22,6 +22,7 @@ from results import migrations, schema
 from results.records import (
     ArtifactRecord,
     DatasetRecord,
+    DetectionRecord,
     EvalRecord,
     LatencyRecord,
     MetricRecord,
@@ -187,7 +188,9 @@ def test_records_come_back_as_typed_frames(store):
     assert store.metrics(names=["critic_loss"]).value.tolist() == [0.125]
     assert store.metrics(names=["other"]).empty
     tables = ("datasets", "trials", "runs", "evals", "metrics", "artifacts", "latencies")
-    assert store.counts() == dict(zip(tables, (1, 1, 1, 6, 1, 1, 0), strict=True))
+    assert store.counts() == dict(
+        zip((*tables, "detections"), (1, 1, 1, 6, 1, 1, 0, 0), strict=True)
+    )
 
 
 def test_a_latency_measured_again_stays_beside_the_first_and_both_come_back(store):
@@ -203,6 +206,21 @@ def test_a_latency_measured_again_stays_beside_the_first_and_both_come_back(stor
     assert store.latencies(["unknown"]).empty
     with pytest.raises(MissingParentError, match=r"run r7 \(needed by a latency\)"):
         store.append([make_latency(run_id="r7")])
+
+
+def test_detections_belong_to_a_dataset_and_the_first_stays(store):
+    time = "2031-05-06T07:08:09.5Z"
+    config = {"steps": 10, "levels": 1}
+    record = DetectionRecord(
+        "d", "f" * 64, "cvae", config, 3, "uniform", 200, 0.9, 0.8, 0.4, time, "abc", True
+    )
+    with pytest.raises(MissingParentError, match="needed by detector cvae"):
+        store.append([record])
+    parent = dataclasses.replace(FAMILY[0], dataset_id="d", digest="f" * 64)
+    assert store.append([record, parent]) == 2
+    assert store.append([dataclasses.replace(record, auroc=0.1)]) == 0
+    (row,) = store.detections().itertuples()
+    assert (row.detector, row.config, row.seed, row.auroc) == ("cvae", config, 3, 0.9)
 
 
 def test_empty_frames_have_the_same_columns_and_types_as_full_ones(store):

@@ -53,6 +53,15 @@ def test_a_divergence_names_the_seed_the_step_and_the_metric():
     assert "loss is not finite at step 5" in str(chunk.diverged[1])
 
 
+def test_a_seed_above_a_limit_of_its_learner_diverges_and_the_others_go_on():
+    learner = Counter(2)
+    learner.limits = {"loss": 5.0, "no such metric": 0.0}
+    learner.total[1] = -100.0
+    chunk = Trainer(learner, None, [7, 8], CPU, False).advance(4)  # totals 1, 3, 6, 10
+    assert list(chunk.diverged) == [0]
+    assert str(chunk.diverged[0]) == "loss is above 5 at step 3"
+
+
 def test_metrics_of_a_wrong_shape_are_refused():
     class Wrong(Counter):
         def update(self, batch, rng):

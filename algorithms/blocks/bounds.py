@@ -38,6 +38,10 @@ class ActionBounds(nn.Module):
         """The action a point of [-1, 1] stands for, [..., D]."""
         return self.clamp(self.middle + self.reach * unit)
 
+    def unit(self, action: Tensor) -> Tensor:
+        """The point of [-1, 1] that `stretch` maps onto an action, [..., D]."""
+        return (action - self.middle) / self.reach
+
     def clamp(self, action: Tensor, margin: float = 0.0) -> Tensor:
         """`action` moved into the box, at least `margin` times the reach away from its sides."""
         inside = margin * self.reach

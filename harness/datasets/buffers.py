@@ -7,6 +7,7 @@ indices. Everything a compiled step calls here is plain tensor code.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,6 +132,11 @@ class TransitionDataset:
         )
 
     @property
+    def lengths(self) -> np.ndarray:
+        """Transitions of each episode, in storage order: int64 [E]."""
+        return self._lengths
+
+    @property
     def device(self) -> torch.device:
         return self.obs.device
 
@@ -156,6 +162,10 @@ class TransitionDataset:
         """
         index = rng.integers(self.spec.num_steps, batch_size)  # [K, B]
         return self._gather(index, _ALL_FIELDS if next_action else _FIELDS)
+
+    def rows(self, index: Tensor, next_action: bool = False) -> Batch:
+        """The transitions at `index` [K, B], in storage order: [K, B, ...]."""
+        return replace(self._gather(index, _ALL_FIELDS if next_action else _FIELDS), index=index)
 
     def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         """Windows of consecutive transitions, uniform over all that fit: [K, B, L, ...].
@@ -265,6 +275,17 @@ class MixedDataset:
             names = _ALL_FIELDS if next_action else _FIELDS
             parts.append(_pick(self._rows, index, names))
         return _joined(parts)
+
+    def rows(self, index: Tensor, next_action: bool = False) -> Batch:
+        """Refused: only real transitions have a place, and nobody asked for those alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "rows of a dataset with synthetic transitions have no index; draw `transitions`, or "
+            "take the rows of the real dataset"
+        )
 
     def segments(self, rng: Rng, batch_size: int, length: int, stride: int | None = None) -> Batch:
         """Windows, of which `round(fraction * batch_size)` are synthetic: [K, B, L, ...].

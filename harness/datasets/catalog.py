@@ -195,8 +195,9 @@ def _unknown(name: str) -> UnknownDatasetError:
 
 
 def _made_ids() -> list[str]:
-    toys = ("generated/bandit2d-v0", "generated/ring2d-v0")
-    return [*toys, *(f"generated/pointmaze/{m}-v0" for m in POINTMAZE_ANCHORS)]
+    navigation = [f"generated/navigation1d/{kind}-v0" for kind in ("expert", "medium")]
+    mazes = [f"generated/pointmaze/{maze}-v0" for maze in POINTMAZE_ANCHORS]
+    return ["generated/bandit2d-v0", "generated/ring2d-v0", *navigation, *mazes]
 
 
 def _is_made(name: str) -> bool:

@@ -226,6 +226,25 @@ def make_bandit2d_(
     _made(raw, as_json)
 
 
+@make_app.command("navigation1d")
+def make_navigation1d_(
+    kind: Annotated[str, typer.Argument(help="expert or medium: little or much noise.")],
+    seed: Annotated[int, typer.Option(help="Same seed, same data.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="In episodes of 20.", min=20)] = 10_000,
+    dataset_id: Annotated[
+        str | None, typer.Option("--id", help="Dataset id [generated/navigation1d/<kind>-v0].")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Writes the 1-D navigation toy of the DOSER paper."""
+    from harness.datasets.navigation1d import make_navigation1d
+
+    with _told():
+        raw = make_navigation1d(kind, seed, steps, dataset_id, overwrite)
+    _made(raw, as_json)
+
+
 @make_app.command("ring2d")
 def make_ring2d_(
     seed: Annotated[int, typer.Option(help="Same seed, same data.", min=0)] = 0,
