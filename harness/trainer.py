@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -149,6 +150,12 @@ class Trainer:
         metrics = self.learner.update(batch, rng, *phase)
         self.step.add_(1)
         return tuple(metrics), torch.stack(list(metrics.values()))  # [M, K]
+
+    @overload
+    def advance(self, num_steps: int) -> Chunk: ...
+
+    @overload
+    def advance(self, num_steps: int, stop: Callable[[], bool]) -> Chunk | None: ...
 
     def advance(self, num_steps: int, stop: Callable[[], bool] | None = None) -> Chunk | None:
         """Does `num_steps` gradient steps, which end a chunk, and reads the metrics once.

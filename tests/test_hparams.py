@@ -6,6 +6,7 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from types import NoneType
 
 import pytest
 import yaml
@@ -111,13 +112,16 @@ def first_match(recipe, name: str) -> dict:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
 def test_every_block_builds_a_config_and_names_its_source(recipe):
-    types = {f.name: type(f.default) for f in fields(recipe.config)}
+    types = {f.name: (type(f.default),) for f in fields(recipe.config)}
+    types |= {
+        f.name: (type(f.default), NoneType) for f in fields(recipe.config) if "None" in f.type
+    }
     for block in [*blocks(recipe), *presets(recipe).values()]:
         assert set(block) <= {"match", "config", "data", "source"}
         assert len(block["source"]) > 10
         recipe.config(**block["config"])
         for key, value in block["config"].items():
-            assert type(value) is types[key], f"{key}: {value!r} in {block.get('match')}"
+            assert type(value) in types[key], f"{key}: {value!r} in {block.get('match')}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
