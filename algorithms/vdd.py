@@ -81,7 +81,7 @@ class Config:
 
     steps: int = 20_000  # iterations: expert_updates + gate_updates each
     objective: str = "vdd"  # vdd | em | imc (the last two without a teacher)
-    teacher: Pretrained = TEACHER  # {algorithm, preset, config} of the policy p
+    teacher: Pretrained = TEACHER  # the policy p: {algorithm, preset, config}
     num_experts: int = 8  # C: 4 or 8 by task
     covariance: str = "full"  # full (Cholesky) | diagonal
     batch_size: int = 1024  # states of an update
