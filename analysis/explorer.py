@@ -37,7 +37,8 @@ def card_frame(store: Store) -> pd.DataFrame:
                 **{f"return_{name}": returns.get(name) for name in ("mean", *QUANTILES)},
                 "ref_min": row["ref_min"],
                 "ref_max": row["ref_max"],
-                "mean_score": card.get("normalized_mean_return"),
+                "mean_score": card.get("normalized_mean_return"),  # trajectory quality, TQ
+                "cells_per_pair": card.get("coverage", {}).get("cells_per_pair"),
                 "defects": "; ".join(card.get("defects", ())),
             }
         )

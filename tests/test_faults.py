@@ -51,7 +51,7 @@ name: faults
 algorithms: {bc: {config: {hidden_dim: 8, batch_size: 8}}}
 datasets: [generated/bandit2d-v0]
 seeds: 0-2
-steps: 6000
+steps: 3000
 evaluation: {every: 500, episodes: 3}
 run: {log_every: 50, checkpoint_every: 100, compile: "off", device: cpu, max_stack: 2}
 """

@@ -13,6 +13,7 @@ from harness.datasets import local
 from harness.datasets.catalog import DatasetEntry, resolve
 from harness.datasets.data_spec import DataSpec
 from harness.datasets.errors import DatasetError
+from harness.datasets.measures import coverage
 from harness.datasets.minari import RawDataset, load_raw
 
 DEFECTS: Mapping[str, str] = {
@@ -50,9 +51,14 @@ DEFECTS: Mapping[str, str] = {
 }
 
 
-def card(dataset_id: str) -> dict[str, Any]:
+def card(dataset_id: str, reference: str | None = None) -> dict[str, Any]:
     """Counts, returns, ranges, digest, references and known defects; JSON-able.
 
+    `normalized_mean_return` is the trajectory quality (TQ), `coverage` has the state-action
+    coverage (SACo); see `harness.datasets.measures`.
+
+    Args:
+        reference: the dataset that coverage is relative to, of the same environment.
     Raises:
         DatasetError: if the dataset is not stored or damaged.
     """
@@ -95,6 +101,7 @@ def card(dataset_id: str) -> dict[str, Any]:
             **dict(zip(("min", "q25", "median", "q75", "max"), quantiles.tolist(), strict=True)),
         },
         "normalized_mean_return": _normalized(entry, float(returns.mean())),
+        "coverage": coverage(raw, None if reference is None else load_raw(resolve(reference).id)),
         "reward": {"min": float(raw.reward.min()), "max": float(raw.reward.max())},
         "obs_dim": raw.obs.shape[1],
         "obs_layout": [str(leaf) for leaf in raw.leaves],

@@ -114,13 +114,16 @@ def list_(
 @app.command("card")
 def card_(
     dataset_id: Annotated[str, typer.Argument(help="A Minari id or a D4RL name.")],
+    reference: Annotated[
+        str | None, typer.Option(help="Dataset that coverage (SACo) is relative to.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Shows counts, returns, references, digest and known defects."""
+    """Shows counts, returns, coverage, references, digest and known defects."""
     from harness.datasets import card
 
     with _told():
-        content = card(dataset_id)
+        content = card(dataset_id, reference)
     if as_json:
         _print_json(content)
         return
