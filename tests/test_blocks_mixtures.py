@@ -167,15 +167,27 @@ def test_the_gates_entropy_is_over_its_largest_value():
     assert (one.gate_entropy() == 0).all()
 
 
-def test_spread_means_are_points_and_reach_every_far_cluster():
+def test_spread_means_are_the_means_of_far_clusters():
     centres = torch.tensor([[-3.0, 0.0], [3.0, 0.0], [0.0, 4.0], [0.0, -4.0]])
     seeds = tuple(range(20))
     points = centres.repeat_interleave(50, dim=0) + 0.1 * draws(200, 2, seeds=seeds)
     found = spread_means(points, 4, Rng.at_step(seeds, 0, Stream.INITIALISATION))
     assert found.shape == (20, 4, 2)
-    nearest = (found.unsqueeze(2) - centres).norm(dim=-1).argmin(dim=-1)
-    assert all(len(set(row.tolist())) == 4 for row in nearest)
-    gaps = (found.unsqueeze(2) - points.unsqueeze(1)).norm(dim=-1).amin(dim=-1)
-    assert gaps.max() == 0
+    expected = points.unflatten(1, (4, 50)).mean(dim=2)  # [K, 4, A]
+    gaps = (found.unsqueeze(2) - expected.unsqueeze(1)).norm(dim=-1)
+    assert gaps.amin(dim=1).max() < 1e-5, "every cluster has a centre, which is its mean"
+    start = spread_means(points, 4, Rng.at_step(seeds, 0, Stream.INITIALISATION), 1, rounds=0)
+    assert (start.unsqueeze(2) - points.unsqueeze(1)).norm(dim=-1).amin(dim=-1).max() == 0
     same = spread_means(torch.ones(2, 5, 2), 3, Rng.at_step((0, 1), 0, Stream.TEST))
     assert (same == 1).all()  # no distance to choose by
+
+
+def test_every_mode_of_a_ring_whose_neighbours_overlap_has_a_centre():
+    """Radius 2, standard deviation 0.5: neighbours are three standard deviations apart."""
+    seeds = tuple(range(50))
+    angle = torch.arange(8) * (math.pi / 4)
+    modes = 2.0 * torch.stack((angle.cos(), angle.sin()), dim=-1)
+    points = modes.repeat(125, 1) + 0.5 * draws(1000, 2, seeds=seeds)
+    found = spread_means(points, 8, Rng.at_step(seeds, 0, Stream.INITIALISATION))
+    reached = (found.unsqueeze(2) - modes).norm(dim=-1).amin(dim=1)  # [K, 8]
+    assert (reached < 0.6).all(dim=1).float().mean() > 0.9

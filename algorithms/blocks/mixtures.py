@@ -155,19 +155,67 @@ def scale_of(raw: Tensor, size: int, full: bool, initial_std: float, min_std: fl
     return padded[..., place.flatten().to(raw.device)].unflatten(-1, (size, size))
 
 
-def spread_means(points: Tensor, count: int, rng: Rng) -> Tensor:
-    """`count` of the points [K, N, A], far from each other: [K, count, A].
+def spread_means(
+    points: Tensor, count: int, rng: Rng, starts: int = 10, rounds: int = 20
+) -> Tensor:
+    """Means of `count` clusters of the points [K, N, A]: [K, count, A].
 
-    The start of k-means++ (Arthur and Vassilvitskii, 2007). Each after the first is drawn with a
-    probability proportional to its squared distance from the nearest one so far.
+    The best of several k-means (smallest mean squared distance), each from a greedy k-means++ start
+    (Arthur and Vassilvitskii, 2007). A single one often gives two clusters one centre, which
+    training does not mend.
+
+    Args:
+        rounds: of each k-means; a centre without points stays.
     """
-    number = points.shape[1]
+    best, lowest = None, None
+    for _ in range(starts):
+        means = _far_points(points, count, rng)
+        for _ in range(rounds):
+            nearest = _squared_distance(points, means).argmin(dim=-1)  # [K, N]
+            means = torch.stack(
+                [_mean_where(points, nearest == c, means[:, c]) for c in range(count)], dim=1
+            )
+        left = _squared_distance(points, means).amin(dim=-1).mean(dim=1)[:, None, None]
+        if best is None or lowest is None:
+            best, lowest = means, left
+        else:
+            best = torch.where(left < lowest, means, best)
+            lowest = torch.minimum(left, lowest)
+    assert best is not None
+    return best
+
+
+def _far_points(points: Tensor, count: int, rng: Rng) -> Tensor:
+    """`count` of the points, far from each other: [K, count, A].
+
+    Each after the first is the best of 2 + log(count), drawn with a probability proportional to the
+    squared distance from the nearest one so far.
+    """
+    number, trials = points.shape[1], 2 + int(math.log(count))
     chosen = [points.take_along_dim(rng.integers(number, 1).unsqueeze(-1), dim=1)]
-    nearest = torch.full(points.shape[:2], math.inf, dtype=points.dtype, device=points.device)
+    nearest = _squared_distance(points, chosen[0]).squeeze(-1)  # [K, N]
     for _ in range(count - 1):
-        nearest = torch.minimum(nearest, (points - chosen[-1]).square().sum(dim=-1))
-        edges = nearest.double().cumsum(dim=1)  # [K, N]
-        target = rng.uniform(1).double() * edges[:, -1:]
-        index = (edges <= target).sum(dim=1, keepdim=True).clamp(max=number - 1)
-        chosen.append(points.take_along_dim(index.unsqueeze(-1), dim=1))
+        edges = nearest.double().cumsum(dim=1).unsqueeze(1)  # [K, 1, N]
+        target = rng.uniform(trials).double().unsqueeze(-1) * edges[..., -1:]
+        index = (edges <= target).sum(dim=-1).clamp(max=number - 1)  # [K, trials]
+        drawn = points.take_along_dim(index.unsqueeze(-1), dim=1)  # [K, trials, A]
+        left = torch.minimum(_squared_distance(points, drawn), nearest.unsqueeze(-1))
+        best = left.sum(dim=1).argmin(dim=1)[:, None, None]  # [K, 1, 1]
+        nearest = left.take_along_dim(best, dim=2).squeeze(-1)
+        chosen.append(drawn.take_along_dim(best, dim=1))
     return torch.cat(chosen, dim=1)
+
+
+def _squared_distance(points: Tensor, centres: Tensor) -> Tensor:
+    """[K, N, A], [K, C, A] -> [K, N, C]; one centre at a time, for N may be large."""
+    return torch.stack(
+        [(points - centre.unsqueeze(1)).square().sum(dim=-1) for centre in centres.unbind(dim=1)],
+        dim=-1,
+    )
+
+
+def _mean_where(points: Tensor, mask: Tensor, otherwise: Tensor) -> Tensor:
+    """Mean of the points in the mask, or `otherwise` where there are none: [K, A]."""
+    count = mask.sum(dim=1, keepdim=True)
+    total = (points * mask.unsqueeze(-1)).sum(dim=1)
+    return torch.where(count > 0, total / count.clamp(min=1), otherwise)
