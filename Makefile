@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-all check fmt smoke bench constraints clean
+.PHONY: help install quickstart test test-slow test-faults test-all check fmt smoke bench constraints clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: install  ## fast tests
 
 test-slow: install  ## slow tests: faults, full sweeps, compiled steps
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-faults: install  ## kills, hangs, signals, two drivers: what docs/reliability.md lists
+	$(BIN)/python -m pytest -m "not gpu" tests/test_faults.py tests/test_slurm.py tests/test_watchdog.py
 
 test-all: test test-slow  ## both
 
