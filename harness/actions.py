@@ -100,7 +100,7 @@ def _table(trial: TrialSpec, trainer: Trainer, dataset: Any, count: int) -> pd.D
     for name, values in (("obs", obs.cpu().numpy()), ("action", action), ("unclamped", free)):
         columns |= {f"{name}_{i}": values[:, i] for i in range(values.shape[1])}
     if hasattr(trainer.learner, "log_density"):
-        data = dataset.action[torch.from_numpy(rows).to(trainer.device)]
+        data = dataset.action[rows]
         columns["log_density"] = _log_density(trainer, obs, torch.from_numpy(free))
         columns["data_log_density"] = _log_density(trainer, obs, data)
     return pd.DataFrame(columns)

@@ -69,6 +69,27 @@ def test_every_finished_trial_is_in_the_table_with_its_observations(spec, tmp_pa
     assert (spread["wide"] > 20).all()
 
 
+def test_a_policy_with_a_density_says_how_likely_its_draws_and_the_datas_actions_are(
+    spec, tmp_path
+):
+    """IQL's policy is a Gaussian of one standard deviation around tanh(mean)."""
+    spec.write_text(
+        SPEC.replace("wide: {algorithm: bc, config: {", "wide: {algorithm: iql, config: {").replace(
+            ", sample_actions: true}}", "}}"
+        )
+    )
+    home = tmp_path / "home"
+    inline.sweep(spec, home, ["algorithms=[wide]"])
+    table = draw(spec, home, ["algorithms=[wide]"], count=30).table
+    columns = ["log_density", "data_log_density"]
+    assert np.isfinite(table[columns]).all(axis=None)
+    drawn = table[table.seed == 0][["unclamped_0", "unclamped_1"]].to_numpy()
+    assert (drawn == drawn[0]).all(), "it acts by its mean"
+    own = table[table.seed == 0].log_density
+    assert own.std() < 1e-6
+    assert (own >= table[table.seed == 0].data_log_density - 1e-6).all(), "nothing is likelier"
+
+
 def test_draws_repeat_and_depend_neither_on_the_others_nor_on_chunks(spec, tmp_path, monkeypatch):
     home = tmp_path / "home"
     inline.sweep(spec, home)
