@@ -56,6 +56,7 @@ MINARI = [
     *(f"surrogate/hopper/{m}-v0" for m in ("medium", "medium-replay")),
     "generated/pointmaze/umaze-v0",
     "generated/bandit2d-v0",
+    "generated/ring2d-v0",
 ]
 
 # name: lr, q_coef, max_q_backup, reward, thousands of steps, clip_norm. Typed from the reference
