@@ -281,7 +281,7 @@ class MakeOutput:
     """
 
     num_seeds: int
-    report: Callable[[Progress], None]
+    report: Callable[[Progress], None] = lambda progress: None
     arrays: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def progress(self, done: int, total: int) -> None:
