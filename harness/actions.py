@@ -1,8 +1,8 @@
 """Actions of trained policies as a table: what a policy does at observations of its data.
 
-Owns which random numbers and the table. An action is a function of the
-trial, the row and the number of draws asked for: each trial is loaded alone, so that the others in
-the table do not matter, and the draws have a stream of their own. Judges nothing.
+Owns which random numbers and the table. An action is a function of the trial, the row and the
+number of draws asked for: each trial is loaded alone, so that the others in the table do not
+matter, and the draws have a stream of their own. Judges nothing.
 """
 
 from __future__ import annotations
@@ -59,14 +59,16 @@ def draw_actions(
     count: int = 1000,
     partial: bool = False,
     registry: Registry | None = None,
+    held_out: bool = False,
 ) -> Drawn:
     """`count` actions of every finished trial, at evenly spaced rows of its dataset.
 
     Args:
         partial: leave out trials without a trained policy instead of refusing.
+        held_out: rows that `data.held_out` kept from the learner, instead of those it saw.
     Raises:
         ValueError: if trials have no trained policy, naming them, or `count` is out of range.
-        DatasetError: if a dataset is missing or changed.
+        DatasetError: if a dataset is missing or changed, or nothing is held out.
         ArtifactError: if an artifact is damaged.
     """
     if not 1 <= count <= MOST_ROWS:
@@ -76,7 +78,12 @@ def draw_actions(
     if not trained or (left_out and not partial):
         raise ValueError(policies.refusal(experiment.trials, left_out))
     loader = policies.Loader(home, registry, resolve_device(experiment.run.device))
-    tables = [_table(each.trial, *loader.load(each), count) for each in trained]
+    tables = []
+    for each in trained:
+        trainer, dataset = loader.load(each)
+        if held_out:
+            dataset = loader.data(each.stage, held_out=True)
+        tables.append(_table(each.trial, trainer, dataset, count))
     return Drawn(pd.concat(tables, ignore_index=True), left_out)
 
 

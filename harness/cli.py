@@ -388,6 +388,9 @@ def actions(
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option(help="The parquet file to write.")] = Path("actions.parquet"),
     count: Annotated[int, typer.Option(help="Actions per trial.")] = 1000,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="At data that data.held_out kept from the learner.")
+    ] = False,
     partial: PartialOption = False,
     home: HomeOption = None,
     db: DatabaseOption = None,
@@ -400,8 +403,9 @@ def actions(
     experiment = load_experiment(spec, overrides or [])
     found, store = _open(home, db)
     with store:
-        drawn = draw_actions(experiment, store, found, count, partial=partial)
-    write_parquet(drawn.table, out, {"experiment": experiment.name, "count": count})
+        drawn = draw_actions(experiment, store, found, count, partial=partial, held_out=held_out)
+    about = {"experiment": experiment.name, "count": count, "held_out": held_out}
+    write_parquet(drawn.table, out, about)
     if as_json:
         summary = {"file": str(out), "trials": drawn.trials, "rows": len(drawn.table)}
         print(json.dumps({**summary, "left_out": drawn.left_out}))

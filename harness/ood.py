@@ -17,6 +17,7 @@ from torch import Tensor
 from algorithms.api import Batch, DatasetSpec
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.detectors import DetectorConfig, detectors
+from harness.datasets.data_spec import held_out_episodes
 from harness.trainer import Trainer, resolve_compile, resolve_device
 from harness.typed import suggest
 
@@ -54,7 +55,7 @@ class Rows:
         return self.rows(rng.integers(len(self.index), batch_size), next_action)
 
 
-def split(lengths: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def split(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the training episodes and of the held-out ones, at least one of each.
 
     Args:
@@ -62,11 +63,7 @@ def split(lengths: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: for fewer than two episodes.
     """
-    if len(lengths) < 2:
-        raise ValueError(f"{len(lengths)} episode; at least 2 are needed to hold one out")
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    held = np.isin(np.arange(len(lengths)), order[: max(1, round(HELD_OUT * len(lengths)))])
-    of_row = np.repeat(held, lengths)
+    of_row = np.repeat(held_out_episodes(len(lengths), HELD_OUT), lengths)
     return np.flatnonzero(~of_row), np.flatnonzero(of_row)
 
 

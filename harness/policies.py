@@ -158,12 +158,19 @@ class Loader:
             DatasetError: if the dataset is missing or changed.
             ArtifactError: if the artifact is damaged.
         """
-        stage = trained.stage
-        key = content_hash([stage.dataset_id, dict(stage.data)])
+        dataset = self.data(trained.stage)
+        return load_trained(trained.stage, dataset, self.home, self.registry, self.device), dataset
+
+    def data(self, stage: Stage, held_out: bool = False) -> Any:
+        """The data a stage learns from, or those held out from it.
+
+        Raises:
+            DatasetError: if they are missing or changed, or nothing is held out.
+        """
+        key = content_hash([stage.dataset_id, dict(stage.data), held_out])
         if key not in self._datasets:
-            self._datasets[key] = load_dataset(stage, self.device)
-        dataset = self._datasets[key]
-        return load_trained(stage, dataset, self.home, self.registry, self.device), dataset
+            self._datasets[key] = load_dataset(stage, self.device, held_out)
+        return self._datasets[key]
 
 
 def observations(dataset: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:

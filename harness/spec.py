@@ -868,6 +868,9 @@ class _Resolver:
         resolved = config_from_dict(recipe.config, config, at(where, "config"))
         if resolved.steps < 1:
             raise SpecError(f"{where}: steps is {resolved.steps}; expected at least 1")
+        transforms = config_to_dict(config_from_dict(data_spec_class(), data, at(where, "data")))
+        if not transforms["held_out"]:
+            del transforms["held_out"]  # younger than many a run: without it, ids stay as they were
         protocol["environment"] = dataset.environment
         protocol["simulator"] = dataset.simulator
         trial = TrialSpec(
@@ -875,7 +878,7 @@ class _Resolver:
             revision=recipe.revision,
             dataset_id=dataset.entry.id,
             dataset_digest=dataset.digest,
-            data=config_to_dict(config_from_dict(data_spec_class(), data, at(where, "data"))),
+            data=transforms,
             config=config_to_dict(resolved),
             seed=seed,
             evaluation=config_from_dict(EvaluationSpec, protocol, at(where, "evaluation")),

@@ -204,8 +204,8 @@ def _declared_stage(recipe: Recipe, stage: Stage) -> Train | Make:
     raise ValueError(f"{stage.algorithm} has no {stage.kind} stage named {stage.name!r}")
 
 
-def load_dataset(stage: Stage, device: torch.device) -> Any:
-    """The stage's data, after checking that they are those it was planned with.
+def load_dataset(stage: Stage, device: torch.device, held_out: bool = False) -> Any:
+    """The stage's data, or those held out, after checking that it was planned with them.
 
     Raises:
         DatasetError: if they are missing, or have another digest.
@@ -217,7 +217,8 @@ def load_dataset(stage: Stage, device: torch.device) -> Any:
             f"with {stage.dataset_digest[:16]}...: the data changed since, or this node holds "
             "another version. Plan again, or copy the same data to every node"
         )
-    return datasets.load(stage.dataset_id, datasets.DataSpec(**stage.data), device=str(device))
+    data = datasets.DataSpec(**stage.data)
+    return datasets.load(stage.dataset_id, data, str(device), held_out)
 
 
 def _load_inputs(

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from harness import actions, cli
 from harness.actions import draw_actions, write_parquet
+from harness.datasets import DatasetError
 from harness.home import Home
 from harness.spec import load_experiment
 from results.store import Store
@@ -67,6 +68,25 @@ def test_every_finished_trial_is_in_the_table_with_its_observations(spec, tmp_pa
     spread = table.groupby(["label", "seed"]).action_0.nunique()
     assert (spread["point"] == 1).all()  # one observation, no noise
     assert (spread["wide"] > 20).all()
+
+
+def test_actions_at_held_out_data_are_at_rows_that_no_learner_saw(spec, tmp_path):
+    spec.write_text(SPEC + "data: {held_out: 0.25}\n")
+    home = tmp_path / "home"
+    inline.sweep(spec, home)
+    seen, held = (draw(spec, home, count=100, held_out=held).table for held in (False, True))
+    assert (seen.row.max(), held.row.max()) == (3 * 99, 99)  # of 300 and of 100 rows
+    spec.write_text(SPEC)
+    inline.sweep(spec, home)
+    with pytest.raises(DatasetError, match=r"no episode is held out.*data\.held_out"):
+        draw(spec, home, held_out=True)
+
+
+def test_no_held_out_data_leaves_identities_as_they_were(spec):
+    (trial, *_) = load_experiment(spec, ["data.held_out=0.0"]).trials
+    assert "held_out" not in trial.data
+    assert trial.id == load_experiment(spec, []).trials[0].id
+    assert load_experiment(spec, ["data.held_out=0.1"]).trials[0].id != trial.id
 
 
 def test_a_policy_with_a_density_says_how_likely_its_draws_and_the_datas_actions_are(

@@ -368,6 +368,25 @@ def test_ten_percent_cloning_keeps_what_corls_loop_over_trajectories_keeps() -> 
     assert torch.equal(kept.action, torch.from_numpy(raw.action[expected]))
 
 
+def test_held_out_episodes_are_the_rest_and_leave_no_trace_in_what_is_learned_from() -> None:
+    raw = raw_of([2] * 10, "T" * 10, np.arange(20.0))
+    data = DataSpec(held_out=0.3, reward="normalize")
+    kept, others = (TransitionDataset.from_raw(raw, data, held_out=held) for held in (False, True))
+    episodes = [set(part.obs[:, 0].tolist()) for part in (kept, others)]
+    assert (len(episodes[0]), len(episodes[1])) == (7, 3)
+    assert episodes[0] | episodes[1] == set(range(10))
+    assert kept.reward.mean().abs() < 1e-6  # the transform is of these alone
+    assert kept.spec.statistics.obs_mean[0] == np.mean(list(episodes[0]))
+    scale = (others.reward[1] - others.reward[0]) / (kept.reward[1] - kept.reward[0])
+    assert scale == pytest.approx(1.0)
+    best = TransitionDataset.from_raw(raw, DataSpec(held_out=0.3, top_fraction=0.5))
+    assert set(best.obs[:, 0].tolist()) == set(sorted(episodes[0])[-3:])
+    with pytest.raises(DatasetError, match="no episode is held out"):
+        TransitionDataset.from_raw(raw, DataSpec(), held_out=True)
+    with pytest.raises(DatasetError, match="at least 2 are needed"):
+        TransitionDataset.from_raw(raw_of([2], "T"), data)
+
+
 def test_ties_and_rounding_of_the_best_fraction_are_fixed() -> None:
     raw = raw_of([1] * 100, "T" * 100, np.zeros(100))
     kept = TransitionDataset.from_raw(raw, DataSpec(top_fraction=0.29))
@@ -467,6 +486,8 @@ def test_synthetic_data_of_the_wrong_shape_are_named() -> None:
         ("truncated_last_step", "maybe"),
         ("top_fraction", 0.0),
         ("top_fraction", 1.5),
+        ("held_out", -0.1),
+        ("held_out", 1.0),
         ("discount", float("nan")),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from algorithms.api import Batch, Dataset, DatasetSpec, Rng, Statistics
 from algorithms.blocks.windows import window_starts
-from harness.datasets.data_spec import DataSpec
+from harness.datasets.data_spec import DataSpec, held_out_episodes
 from harness.datasets.errors import DatasetError
 from harness.datasets.minari import load_raw
 
@@ -30,15 +30,20 @@ _ALL_FIELDS = (*_FIELDS, "next_action")
 
 
 def load(
-    dataset_id: str, data: DataSpec | Mapping[str, Any] | None = None, device: Any = "cpu"
+    dataset_id: str,
+    data: DataSpec | Mapping[str, Any] | None = None,
+    device: Any = "cpu",
+    held_out: bool = False,
 ) -> TransitionDataset:
     """A stored dataset, transformed as `data` says, on `device`.
 
+    Args:
+        held_out: what `data.held_out` keeps from the learner, instead of what the learner sees.
     Raises:
         DatasetError: if it is not stored, damaged or does not fit the transforms.
     """
     data = data if isinstance(data, DataSpec) else DataSpec(**(data or {}))
-    return TransitionDataset.from_raw(load_raw(dataset_id), data).to(device)
+    return TransitionDataset.from_raw(load_raw(dataset_id), data, held_out).to(device)
 
 
 class TransitionDataset:
@@ -83,13 +88,20 @@ class TransitionDataset:
         self._starts: dict[tuple[int, int], Tensor] = {}  # by (length, stride), on first use
 
     @classmethod
-    def from_raw(cls, raw: RawDataset, data: DataSpec) -> TransitionDataset:
+    def from_raw(cls, raw: RawDataset, data: DataSpec, held_out: bool = False) -> TransitionDataset:
         """Applies `data` to validated arrays.
 
+        Args:
+            held_out: the held-out episodes, with the rewards' transform of the others.
         Raises:
             DatasetError: if no transition is left, or a reward transform is undefined.
         """
-        episodes = _top_episodes(raw, data)
+        episodes, others = _episodes(raw, data)
+        if held_out and not len(others):
+            raise DatasetError(
+                f"dataset {raw.id!r}: no episode is held out. Train with data.held_out, for "
+                "example 0.1"
+            )
         keep = _kept_steps(raw, data, episodes)
         steps = np.flatnonzero(keep)
         if not len(steps):
@@ -99,8 +111,11 @@ class TransitionDataset:
             )
         _refuse_lost_rewards(raw, data, episodes, steps)
         episode_of_step = raw.episode_of_step
-        rows = steps + episode_of_step[steps]  # episode e has e extra observations before it
         transform = _reward_transform(raw, data, steps)
+        if held_out:
+            episodes = others
+            steps = np.flatnonzero(_kept_steps(raw, data, episodes))
+        rows = steps + episode_of_step[steps]  # episode e has e extra observations before it
         reward = transform(raw.reward[steps])
         obs = raw.obs[rows]
         whole = np.isin(episode_of_step, episodes)
@@ -341,14 +356,19 @@ def _joined(parts: list[Batch]) -> Batch:
 # -------------------------------------------------------------------------------------- transforms
 
 
-def _top_episodes(raw: RawDataset, data: DataSpec) -> np.ndarray:
-    """Indices of the episodes to keep, ascending."""
-    if data.top_fraction >= 1.0:
-        return np.arange(raw.num_episodes)
-    # 1e-9: 0.29 * 100 is 28.999... in floating point
-    count = max(1, int(data.top_fraction * raw.num_episodes + 1e-9))
-    best_first = np.argsort(-raw.returns(data.discount), kind="stable")
-    return np.sort(best_first[:count])
+def _episodes(raw: RawDataset, data: DataSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the episodes that are learned from, and of those held out, ascending."""
+    try:
+        held = held_out_episodes(raw.num_episodes, data.held_out)
+    except ValueError as error:
+        raise DatasetError(f"dataset {raw.id!r}: data.held_out: {error}") from error
+    kept = np.flatnonzero(~held)
+    if data.top_fraction < 1.0:
+        # 1e-9: 0.29 * 100 is 28.999... in floating point
+        count = max(1, int(data.top_fraction * len(kept) + 1e-9))
+        best_first = np.argsort(-raw.returns(data.discount)[kept], kind="stable")
+        kept = np.sort(kept[best_first[:count]])
+    return kept, np.flatnonzero(held)
 
 
 def _kept_steps(raw: RawDataset, data: DataSpec, episodes: np.ndarray) -> np.ndarray:

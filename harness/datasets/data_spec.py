@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 REWARD_TRANSFORMS = (
     "none",
     "normalize",
@@ -42,12 +44,15 @@ class DataSpec:
         top_fraction: keeps the best fraction of episodes by discounted raw return, at least one
             (10 % BC: 0.1). Ties go to the earlier episode; the data's order is kept.
         discount: of the returns `top_fraction` ranks by.
+        held_out: share of the episodes kept from the learner, for likelihoods on data it has not
+            seen; see `held_out_episodes`. `top_fraction` is of the others.
     """
 
     reward: str = "none"
     truncated_last_step: str = "drop"
     top_fraction: float = 1.0
     discount: float = 0.99
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         for field, value, known in (
@@ -61,3 +66,24 @@ class DataSpec:
                 raise TypeError(f"data.{field} is {number!r}; expected a number in (0, 1]")
             if not (math.isfinite(number) and 0.0 < number <= 1.0):
                 raise ValueError(f"data.{field} is {number}; expected a number in (0, 1]")
+        held = self.held_out
+        if isinstance(held, bool) or not isinstance(held, int | float):
+            raise TypeError(f"data.held_out is {held!r}; expected a number in [0, 1)")
+        if not 0.0 <= held < 1.0:
+            raise ValueError(f"data.held_out is {held}; expected a number in [0, 1)")
+
+
+def held_out_episodes(count: int, share: float) -> np.ndarray:
+    """Which of `count` episodes are held out, bool [E]: the same for all seeds and algorithms.
+
+    At least one of them if `share` is positive, and at least one is not.
+
+    Raises:
+        ValueError: for fewer than two episodes.
+    """
+    if not share:
+        return np.zeros(count, bool)
+    if count < 2:
+        raise ValueError(f"{count} episode; at least 2 are needed to hold one out")
+    order = np.random.default_rng(0).permutation(count)
+    return np.isin(np.arange(count), order[: min(count - 1, max(1, round(share * count)))])
