@@ -11,8 +11,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -411,8 +410,7 @@ def actions(
         print(json.dumps({**summary, "left_out": drawn.left_out}))
         return
     console.print(f"{out}: {len(drawn.table)} actions of {drawn.trials} trials", highlight=False)
-    for trial_id, reason in drawn.left_out.items():
-        console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
+    _print_left_out(drawn.left_out)
 
 
 @app.command()
@@ -459,8 +457,7 @@ def synthetic(
     console.print(f"{out}: {table.trial_id.nunique()} trials", highlight=False)
     if write:
         console.print(f"{write}: harness data card {write}", highlight=False)
-    for name, reason in left_out.items():
-        console.print(f"  left out {name}: {reason}", highlight=False)
+    _print_left_out(left_out)
 
 
 @app.command()
@@ -491,6 +488,7 @@ def ood(
     from analysis.plots import save_figure
     from harness import datasets, provenance
     from harness import ood as benchmark
+    from harness.display import counted
     from harness.ingest import dataset_record
     from harness.spec import parse_seeds
     from harness.typed import config_to_dict
@@ -506,10 +504,10 @@ def ood(
         policies = benchmark.policy_actions(pd.read_parquet(actions_file), spec.id)
     flat = spec.obs_dim == spec.action_dim == 1
     config = DetectorConfig(steps=steps, hidden_dim=width)
-    with _detector_progress() as report:
+    with counted(errors) as tell:
         found = benchmark.compare(
             data, chosen, only or (), config, count, policies, device,
-            grid=MAP_SIDE if flat else 0, report=report,
+            grid=MAP_SIDE if flat else 0, report=lambda name, done, steps: tell(done, steps, name),
         )  # fmt: skip
     (commit, dirty), now = provenance.git_state(), provenance.utc_now()
     measured = {s.detector: detection.measure(s.detector, s.data, s.against) for s in found}
@@ -553,24 +551,7 @@ def ood(
     console.print(table)
     caption = f"{spec.id}: {len(chosen)} seeds, {steps} steps, 95 % bootstrap intervals over seeds"
     console.print(caption, highlight=False)
-    for path in files:
-        console.print(str(path), highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _detector_progress() -> Iterator[Any]:
-    """A bar on stderr for each detector that is being trained."""
-    from rich.progress import Progress
-
-    with Progress(console=errors) as bar:
-        tasks: dict[str, Any] = {}
-
-        def report(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total)
-            bar.update(tasks[name], completed=done)
-
-        yield report
+    _print_paths(files)
 
 
 @app.command()
@@ -653,8 +634,7 @@ def latency(
         "them the lowest and highest median of a round.",
         highlight=False,
     )
-    for trial_id, reason in left_out.items():
-        console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
+    _print_left_out(left_out)
 
 
 @app.command()
@@ -706,8 +686,7 @@ def export(
         table.add_row(policy.trained.title, str(policy.rows), difference, where)
     table.columns[3].overflow = "fold"
     console.print(table)
-    for trial_id, reason in left_out.items():
-        console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
+    _print_left_out(left_out)
 
 
 # ------------------------------------------------------------------------------------ analysis
@@ -903,15 +882,13 @@ def figures(
 
         folder = out or found.figures / style
         command = shlex.join(["harness", *sys.argv[1:]])
-        for path in paper.write(store, folder, style, ids, select, seed, command):
-            console.print(str(path), highlight=False, soft_wrap=True)
+        _print_paths(paper.write(store, folder, style, ids, select, seed, command))
 
 
 def _figures(store: Store, out: Path, trial_ids: list[str] | None, select: str, seed: int) -> None:
     from analysis import plots
 
-    for path in plots.write_figures(store, out, trial_ids, select=select, seed=seed):
-        console.print(str(path), highlight=False, soft_wrap=True)
+    _print_paths(plots.write_figures(store, out, trial_ids, select=select, seed=seed))
 
 
 @app.command()
@@ -953,12 +930,9 @@ def bandit(
         claims = [vars(claim) for claim in built.claims]
         print(json.dumps({"claims": claims, "files": [str(path) for path in paths]}))
         return
-    table = Table("claim", "measured", "verdict")
-    for claim in built.claims:
-        table.add_row(claim.text, claim.measured, claim.verdict)
-    console.print(table)
-    for path in paths:
-        console.print(str(path), highlight=False, soft_wrap=True)
+    body = [(claim.text, claim.measured, claim.verdict) for claim in built.claims]
+    _print_table(("claim", "measured", "verdict"), body)
+    _print_paths(paths)
 
 
 @app.command()
@@ -974,8 +948,7 @@ def guidance(
     if as_json:
         print(json.dumps({"files": [str(path) for path in paths]}))
         return
-    for path in paths:
-        console.print(str(path), highlight=False, soft_wrap=True)
+    _print_paths(paths)
 
 
 @app.command()
@@ -994,13 +967,55 @@ def ring(
         numbers = json.loads(built.numbers.to_json(orient="records"))
         print(json.dumps({"numbers": numbers, "files": [str(path) for path in paths]}))
         return
-    header, body = report.rows(built)
+    _print_table(*report.rows(built))
+    _print_paths(paths)
+
+
+@app.command()
+def modes(
+    spec: OptionalSpec = None,
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option(help="Folder of page, numbers and figure.")] = Path("modes"),
+    count: Annotated[
+        int | None, typer.Option("--modes", help="How many solutions there are; none: all seen.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Which solutions of a task the final policies use: success and task entropy, with a figure."""
+    from analysis import modes as report
+
+    _, store = _open_to_read(home, db, spec)
+    with store:
+        built = report.build(store, _trial_ids(spec, overrides), count, seed)
+    paths = report.write(built, out)
+    if as_json:
+        numbers = json.loads(built.numbers.to_json(orient="records"))
+        print(json.dumps({"numbers": numbers, "files": [str(path) for path in paths]}))
+        return
+    _print_table(*report.rows(built))
+    for note in built.notes:
+        console.print(note, highlight=False)
+    _print_paths(paths)
+
+
+def _print_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> None:
     table = Table(*header)
     for row in body:
         table.add_row(*row)
     console.print(table)
+
+
+def _print_paths(paths: Iterable[Path]) -> None:
     for path in paths:
         console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def _print_left_out(left_out: Mapping[str, str]) -> None:
+    for trial_id, reason in left_out.items():
+        console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
 
 
 # ---------------------------------------------------------------------------------- quickstart

@@ -24,9 +24,10 @@ import numpy as np
 from gymnasium import spaces
 
 from harness.datasets import local
-from harness.datasets.catalog import DatasetEntry, resolve
+from harness.datasets.catalog import ROUTES_ID, DatasetEntry, resolve
 from harness.datasets.errors import DatasetError
 from harness.datasets.layout import flatten_one, leaves_of
+from harness.routes import HORIZON, MAZE_MAP
 
 if TYPE_CHECKING:
     from algorithms.api import DatasetSpec
@@ -241,6 +242,22 @@ def pointmaze_evaluation(maze: str, dense: bool = False) -> EnvironmentSpec:
     )
 
 
+def routes_evaluation() -> EnvironmentSpec:
+    """One start, one goal, four routes, an end at the goal; `info` says which route it was."""
+    return EnvironmentSpec(
+        "PointMaze_UMaze-v3",
+        {
+            "maze_map": copy.deepcopy(MAZE_MAP),
+            "reward_type": "sparse",
+            "continuing_task": False,
+            "reset_target": False,
+        },
+        HORIZON,
+        ({"name": "RouteMode", "entry_point": "harness.routes:RouteMode", "kwargs": {}},),
+        protocol="fixed start and goal, an episode ends at the goal, so its return is 0 or 1",
+    )
+
+
 def pointmaze_map(maze: str) -> list[list[int | str]]:
     """Gymnasium-Robotics' maze: 1 wall, 0 free."""
     _register()
@@ -274,6 +291,8 @@ def _explicit(entry: DatasetEntry) -> EnvironmentSpec | None:
             _KITCHEN_HORIZON,
             protocol="each subtask counts once (return 0 to 4), D4RL's horizon",
         )
+    if entry.id == ROUTES_ID:
+        return routes_evaluation()
     if entry.id == "generated/bandit2d-v0":
         return EnvironmentSpec(BANDIT_ID, protocol="one step, noise-free reward")
     if entry.id == "generated/ring2d-v0":

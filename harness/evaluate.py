@@ -28,6 +28,7 @@ class Episode:
     env_seed: int
     episode_return: float  # undiscounted, raw environment rewards
     length: int  # environment steps
+    mode: int | None = None  # which of the task's solutions, if the environment says so
 
 
 class EvaluationError(RuntimeError):
@@ -42,6 +43,7 @@ class _Slot:
     episode: int = -1  # -1: idle
     total: float = 0.0
     length: int = 0
+    mode: int | None = None
     obs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
@@ -162,18 +164,19 @@ class Evaluator:
         return actions
 
     def _begin(self, slot: _Slot, episode: int) -> None:
-        slot.episode, slot.total, slot.length = episode, 0.0, 0
+        slot.episode, slot.total, slot.length, slot.mode = episode, 0.0, 0, None
         first, _ = slot.env.reset(seed=self.first_env_seed + episode)
         slot.obs = np.asarray(first, dtype=np.float32).reshape(-1)
 
     def _play(self, slot: _Slot, action: np.ndarray) -> bool:
         """Steps one environment; whether its episode is over."""
-        next_obs, reward, terminated, truncated, _ = slot.env.step(
+        next_obs, reward, terminated, truncated, info = slot.env.step(
             np.clip(action, self.action_low, self.action_high)
         )
         slot.obs = np.asarray(next_obs, dtype=np.float32).reshape(-1)
         slot.total += float(reward)
         slot.length += 1
+        slot.mode = info.get("mode")
         if not np.isfinite(slot.total) or not np.isfinite(slot.obs).all():
             raise EvaluationError(
                 f"{slot.env.spec.id if slot.env.spec else slot.env} returned a reward or an "
@@ -184,7 +187,7 @@ class Evaluator:
 
     def _finished(self, slot: _Slot) -> Episode:
         env_seed = self.first_env_seed + slot.episode
-        return Episode(slot.episode, env_seed, slot.total, slot.length)
+        return Episode(slot.episode, env_seed, slot.total, slot.length, slot.mode)
 
     def close(self) -> None:
         """Closes every environment."""

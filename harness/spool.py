@@ -33,7 +33,7 @@ _KINDS: dict[str, type] = {
     "artifact": ArtifactRecord,
 }
 _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
-_EVAL_COLUMNS = ("step", "episode", "env_seed", "episode_return", "length")
+_EVAL_COLUMNS = ("step", "episode", "env_seed", "episode_return", "length", "mode")
 _METRIC_COLUMNS = ("step", "name", "value")
 _READ_BLOCK_BYTES = 1 << 20
 
@@ -206,8 +206,10 @@ def _unpack(line: dict[str, Any]) -> list[Record]:
     if kind in ("evals", "metrics"):
         columns = _EVAL_COLUMNS if kind == "evals" else _METRIC_COLUMNS
         cls: Callable[..., Record] = EvalRecord if kind == "evals" else MetricRecord
-        run_id = line["run_id"]
-        return [cls(run_id=run_id, **dict(zip(columns, row, strict=True))) for row in line["rows"]]
+        run_id, rows = line["run_id"], line["rows"]
+        if kind == "evals":  # those written before modes were recorded are one value shorter
+            rows = [[*row, None] if len(row) == len(columns) - 1 else row for row in rows]
+        return [cls(run_id=run_id, **dict(zip(columns, row, strict=True))) for row in rows]
     if kind not in _KINDS:
         raise ValueError(f"unknown kind {kind!r}; expected one of {[*_KINDS, 'evals', 'metrics']}")
     return [from_json(_KINDS[kind], line)]

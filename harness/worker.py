@@ -628,6 +628,7 @@ class _TrainingRun:
                     episode.env_seed,
                     episode.episode_return,
                     episode.length,
+                    episode.mode,
                 )
                 for trial in self.stages[index].trials
                 if trial.evaluation == evaluation.protocol

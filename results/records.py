@@ -83,6 +83,7 @@ class EvalRecord:
     env_seed: int
     episode_return: float
     length: int
+    mode: int | None = None  # which solution of the task, where the environment tells
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = "0005"
+VERSION = "0006"
 """The newest migration: what `Store.open` brings a database to."""
 
 VERSION_TABLE = "migrations"
@@ -155,6 +155,7 @@ evals = sa.Table(
     sa.Column("env_seed", sa.BigInteger, nullable=False),
     sa.Column("episode_return", sa.Double),  # NULL is NaN
     sa.Column("length", sa.BigInteger, nullable=False),
+    sa.Column("mode", sa.BigInteger),  # NULL: the environment tells none
     sqlite_with_rowid=False,
 )
 

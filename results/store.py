@@ -446,6 +446,8 @@ class Store:
                 )
             elif isinstance(kind, sa.Boolean):
                 series = np.array(content, dtype=bool)
+            elif isinstance(kind, sa.Integer) and getattr(column, "nullable", False):
+                series = pd.array(content, dtype="Int64")
             elif isinstance(kind, sa.Integer):
                 series = np.array(content, dtype=np.int64)
             elif isinstance(kind, sa.Float):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from harness.datasets import DatasetError, DataSpec, load, load_raw
 from harness.datasets.bandit2d import make_bandit2d, make_ring2d
 from harness.datasets.cli import app
 from harness.datasets.pointmaze import make_pointmaze, shortest_path
+from harness.datasets.routes import make_routes, route_cells
 from harness.environments import Bandit2D, Ring2D, evaluation_environment, pointmaze_map
+from harness.routes import MAZE_MAP
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +118,35 @@ def test_pointmaze_episodes_end_at_the_goal_and_show_the_stale_goal() -> None:
         load("generated/pointmaze/umaze-v0")
     kept = load("generated/pointmaze/umaze-v0", DataSpec(truncated_last_step="keep"))
     assert kept.reward.sum() == raw.num_episodes - 1
+
+
+def test_routes_are_four_and_the_environment_tells_which_one_was_taken() -> None:
+    cells = [route_cells(mode) for mode in range(4)]
+    assert [len(route) - 1 for route in cells] == [8, 10, 10, 8]
+    for mode, route in enumerate(cells):
+        assert [(1, 2) in route, (1, 5) in route] == [bool(mode & 1), bool(mode & 2)]
+        for (row, column), (next_row, next_column) in itertools.pairwise(route):
+            assert MAZE_MAP[next_row][next_column] != 1
+            assert abs(row - next_row) + abs(column - next_column) == 1
+    raw = make_routes(seed=2, episodes=8)
+    assert (raw.num_episodes, raw.returns(1.0).tolist()) == (8, [1.0] * 8)
+    ends = np.cumsum(raw.lengths) - 1
+    np.testing.assert_array_equal(np.flatnonzero(raw.terminated), ends)
+    entry = datasets.resolve(raw.id)
+    assert (entry.relation, entry.ref_min, entry.ref_max) == ("generated", 0.0, 1.0)
+    # The first episode again, in the environment that policies are evaluated in.
+    env = evaluation_environment(raw.id).make()
+    first, _ = env.reset(seed=int(np.random.default_rng(2).integers(2**31)))
+    np.testing.assert_allclose(first, raw.obs[0], atol=1e-6)
+    for action in raw.action[: raw.lengths[0]]:
+        _, reward, terminated, _, info = env.step(action)
+        assert ("mode" in info) == terminated
+    assert (reward, terminated, info["mode"]) == (1.0, True, 0)
+
+
+def test_a_number_of_routes_that_is_no_multiple_of_four_is_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 4"):
+        make_routes(episodes=6)
 
 
 def test_pointmaze_is_deterministic_given_its_seed() -> None:

@@ -29,7 +29,8 @@ class Walk(gymnasium.Env):
         self.position += float(action[0]) + 0.3 * float(self.np_random.normal())
         self.t += 1
         terminated = self.position > 2.0
-        return self._obs(), self.position, terminated, self.t >= self.limit, {}
+        info = {"mode": self.t % 3} if terminated else {}
+        return self._obs(), self.position, terminated, self.t >= self.limit, info
 
     def _obs(self):
         return np.array([self.position, self.t], np.float32)
@@ -85,6 +86,7 @@ def test_returns_and_lengths_equal_one_environment_at_a_time(num_envs):
             assert item.length == length
             assert item.episode_return == pytest.approx(total, abs=1e-9)
             lengths.add(length)
+            assert item.mode == (None if length == Walk.limit else length % 3)
     assert Walk.limit in lengths  # both ways of ending were met
     assert min(lengths) < Walk.limit
 

@@ -52,7 +52,7 @@ RECORDS: list[Record] = [
     TrialRecord("t", "v", "bc", "bc", 1, "d-v0", "digest", {}, {"lr": 1e-3}, 3, {}, "none", "now"),
     RUN,
     *(EvalRecord("r-1", 5, episode, episode, -1.5 * episode, 7) for episode in range(3)),
-    EvalRecord("r-2", 5, 0, 0, math.inf, 7),
+    EvalRecord("r-2", 5, 0, 0, math.inf, 7, 3),
     MetricRecord("r-1", 5, "loss", math.nan),
     MetricRecord("r-1", 5, "q", -math.inf),
     dataclasses.replace(RUN, status="done", ended_at="2031-01-01T00:00:01.000000Z", error=None),
@@ -102,6 +102,16 @@ def test_batches_come_back_in_the_order_written(tmp_path: Path, batches: list[li
         for batch in batches:
             spool.append(batch)
     assert same(list(read(path)), [record for batch in batches for record in batch])
+
+
+def test_evaluations_written_before_modes_were_recorded_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    with Spool(path) as spool:
+        spool.append([EvalRecord("r-1", 5, 0, 9, -1.5, 7)])
+    text = path.read_text()
+    assert text.count("7, null]") == 1
+    path.write_text(text.replace("7, null]", "7]"))
+    assert list(read(path)) == [EvalRecord("r-1", 5, 0, 9, -1.5, 7, None)]
 
 
 def test_a_missing_spool_is_an_empty_one(tmp_path: Path) -> None:

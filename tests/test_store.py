@@ -172,7 +172,7 @@ def test_records_come_back_as_typed_frames(store):
     evaluations = store.evaluations(["t0"])
     assert list(evaluations.columns) == [
         *("trial_id", "attempt", "run_id", "step", "episode"),
-        *("env_seed", "episode_return", "length"),
+        *("env_seed", "episode_return", "length", "mode"),
     ]
     assert evaluations.dtypes.astype(str).to_dict() == {
         "trial_id": "object",
@@ -183,6 +183,7 @@ def test_records_come_back_as_typed_frames(store):
         "env_seed": "int64",
         "episode_return": "float64",
         "length": "int64",
+        "mode": "Int64",
     }
     assert evaluations.episode_return.tolist() == [10, 10.25, 10.5, 20, 20.25, 20.5]
     assert store.metrics(names=["critic_loss"]).value.tolist() == [0.125]
@@ -276,9 +277,10 @@ def test_text_that_no_database_takes_is_stored_escaped(store):
 def test_numpy_scalars_are_taken_as_numbers(store):
     import numpy as np
 
-    row = EvalRecord("r0", np.int64(10), np.int32(0), np.uint32(7), np.float32(0.5), np.int64(3))
+    numbers = (np.int64(10), np.int32(0), np.uint32(7), np.float32(0.5), np.int64(3), np.int8(2))
+    row = EvalRecord("r0", *numbers)
     store.append([DATASET, make_trial(config={"x": np.arange(2)}), make_run(), row])
-    assert store.evaluations().iloc[0].tolist() == ["t0", 1, "r0", 10, 0, 7, 0.5, 3]
+    assert store.evaluations().iloc[0].tolist() == ["t0", 1, "r0", 10, 0, 7, 0.5, 3, 2]
     assert store.trials().config[0] == {"x": [0, 1]}
 
 

@@ -50,6 +50,7 @@ POINTMAZE_ANCHORS: Mapping[str, tuple[float, float]] = {
 POINTMAZE_SOURCE = (
     "local anchors: random actions and noise-free waypoint controller, 40 episodes, mujoco 3.3.7"
 )
+ROUTES_ID = "generated/pointmaze/routes-v0"
 BANDIT_ANCHORS = (2.375, 5.0)
 BANDIT_SOURCE = "closed form: uniform random actions and the best corner's mean"
 
@@ -197,7 +198,7 @@ def _unknown(name: str) -> UnknownDatasetError:
 def _made_ids() -> list[str]:
     navigation = [f"generated/navigation1d/{kind}-v0" for kind in ("expert", "medium")]
     mazes = [f"generated/pointmaze/{maze}-v0" for maze in POINTMAZE_ANCHORS]
-    return ["generated/bandit2d-v0", "generated/ring2d-v0", *navigation, *mazes]
+    return ["generated/bandit2d-v0", "generated/ring2d-v0", *navigation, *mazes, ROUTES_ID]
 
 
 def _is_made(name: str) -> bool:

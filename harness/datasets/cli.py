@@ -211,6 +211,26 @@ for _maze in ("open", "umaze", "medium", "large"):
     )
 
 
+@make_app.command("pointmaze/routes")
+def make_routes_(
+    seed: Annotated[int, typer.Option(help="Same seed, same data.", min=0)] = 0,
+    episodes: Annotated[int, typer.Option(help="A quarter along each route.", min=4)] = 500,
+    noise: Annotated[float, typer.Option(help="Action noise; D4RL's is 0.5.", min=0.0)] = 0.5,
+    dataset_id: Annotated[str, typer.Option("--id", help="Dataset id.")] = (
+        "generated/pointmaze/routes-v0"
+    ),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Writes demonstrations of four routes through one maze, all equally often."""
+    from harness.datasets.routes import make_routes
+
+    with _told(), _progress("pointmaze/routes", episodes, "episodes") as (bar, task):
+        advance = lambda done: bar.advance(task, done)  # noqa: E731
+        raw = make_routes(seed, episodes, noise, dataset_id, overwrite, advance)
+    _made(raw, as_json)
+
+
 @make_app.command("bandit2d")
 def make_bandit2d_(
     seed: Annotated[int, typer.Option(help="Same seed, same data.", min=0)] = 0,

@@ -64,6 +64,10 @@ class WaypointController:
             self.maze.cell_xy_to_rowcol(place).tolist() for place in (position, goal)
         )
         cells = shortest_path(self.maze.maze_map, (row, column), (goal_row, goal_column))
+        return self.waypoints(cells, goal)
+
+    def waypoints(self, cells: list[tuple[int, int]], goal: np.ndarray) -> deque[np.ndarray]:
+        """The middles of the cells between the first and the last, jittered, then the goal."""
         centres = [self.maze.cell_rowcol_to_xy(np.array(cell)) for cell in cells[1:-1]]
         points = [c - self.rng.uniform(0.0, WAYPOINT_JITTER, 2) for c in centres]
         return deque([*points, goal.copy()])
@@ -148,12 +152,12 @@ def make_pointmaze(
     env = spec.make()
     try:
         episodes = _rollout(env.unwrapped, steps, seed, noise, progress)
-        env_spec = _gym_spec(spec)
+        env_spec = stored_spec(spec)
     finally:
         env.close()
     low, high = POINTMAZE_ANCHORS[level]
     versions = {p: importlib.metadata.version(p) for p in ("gymnasium-robotics", "mujoco")}
-    eval_spec = _gym_spec(evaluation)
+    eval_spec = stored_spec(evaluation)
     return write_dataset(
         dataset_id,
         episodes,
@@ -181,15 +185,17 @@ def make_pointmaze(
     )
 
 
-def _gym_spec(spec: Any) -> Any:
-    """Gymnasium's spec with the arguments in it, so that Minari can store it."""
+def stored_spec(spec: Any) -> Any:
+    """Gymnasium's spec with arguments and wrappers in it, so that Minari can store it."""
     import copy
 
     import gymnasium as gym
+    from gymnasium.envs.registration import WrapperSpec
 
     registered = copy.deepcopy(gym.spec(spec.env_id))
     registered.kwargs = copy.deepcopy(dict(spec.kwargs))
     registered.max_episode_steps = spec.max_episode_steps
+    registered.additional_wrappers = tuple(WrapperSpec(**wrapper) for wrapper in spec.wrappers)
     return registered
 
 
@@ -201,7 +207,7 @@ def _rollout(
     controller = WaypointController(env.maze, np.random.default_rng(seed), noise)
     obs, info = env.reset(seed=seed)
     episodes: list[Any] = []
-    record = _Episode(obs, env, bool(info["success"]))
+    record = EpisodeRecord(obs, env, bool(info["success"]))
     reported = 0
     for step in range(1, steps + 1):
         action = controller.act(obs)
@@ -212,7 +218,7 @@ def _rollout(
             episodes.append(record.buffer(EpisodeBuffer))
             # No reset: as in D4RL the next episode starts where this one ended, and its first
             # observation still shows the old goal (the environment moves it after observing).
-            record = _Episode(obs, env, False)
+            record = EpisodeRecord(obs, env, False)
         if progress is not None and (step % 1000 == 0 or step == steps):
             progress(step - reported)
             reported = step
@@ -221,7 +227,7 @@ def _rollout(
     return episodes
 
 
-class _Episode:
+class EpisodeRecord:
     """One episode while it is recorded; observations and infos have a row more than steps."""
 
     def __init__(self, obs: dict[str, np.ndarray], env: Any, success: bool) -> None:
@@ -251,15 +257,14 @@ class _Episode:
         self.rewards.append(reward)
         self._observe(obs, env, success)
 
-    def buffer(self, kind: Any) -> Any:
-        steps = len(self.rewards)
-        truncations = np.zeros(steps, bool)
-        truncations[-1] = True
+    def buffer(self, kind: Any, terminated: bool = False) -> Any:
+        """Minari's `kind` of buffer; the last step is truncated, or terminated."""
+        last = np.arange(len(self.rewards)) == len(self.rewards) - 1
         return kind(
             observations={key: np.stack(rows) for key, rows in self.observations.items()},
             actions=np.stack(self.actions),
             rewards=np.array(self.rewards),
-            terminations=np.zeros(steps, bool),
-            truncations=truncations,
+            terminations=last & terminated,
+            truncations=last & (not terminated),
             infos={key: np.array(rows) for key, rows in self.infos.items()},
         )
