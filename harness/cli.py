@@ -972,6 +972,23 @@ def ring(
 
 
 @app.command()
+def likelihood(
+    file: Annotated[Path, typer.Argument(help="What `harness actions` wrote, best --held-out.")],
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """How likely the policies in a file of actions find the data's own actions."""
+    from analysis import likelihood as report
+
+    built = report.build(file, seed)
+    if as_json:
+        print(json.dumps(json.loads(built.numbers.to_json(orient="records"))))
+        return
+    _print_table(*report.rows(built))
+    console.print(report.caption(built), highlight=False)
+
+
+@app.command()
 def modes(
     spec: OptionalSpec = None,
     overrides: OverridesArgument = None,
