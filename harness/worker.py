@@ -411,10 +411,7 @@ class _TrainingRun:
                     stack=tuple(self.job.stack.seeds),
                     timings=before.timings if before else {},
                     steps_done=self.job.stack.resume_step,
-                    segments=(
-                        *(before.segments if before else ()),
-                        segment,
-                    ),
+                    segments=(*(before.segments if before else ()), segment),
                 )
             spool.append(current.values())
             runs.append(current)
@@ -531,10 +528,11 @@ class _TrainingRun:
             rate = chunk.steps_per_second
             self.report(self._progress(trainer, rate, "train"))
             self._evaluate_at(trainer, evaluations, rate)
-            if target < steps and target % run.checkpoint_every == 0:
-                self._checkpoint(trainer)
-            if target < steps and _should_stop(self.job):
-                return self._interrupted(trainer)
+            if target < steps:
+                if _should_stop(self.job):
+                    return self._interrupted(trainer)
+                if target % run.checkpoint_every == 0:
+                    self._checkpoint(trainer)
         return self._finish(trainer)
 
     def _stopping(self) -> bool:
@@ -544,7 +542,7 @@ class _TrainingRun:
 
     def _interrupted(self, trainer: Trainer) -> str:
         """Keeps what is done, also within a chunk or before an evaluation that is due."""
-        if not self.trained:
+        if not self.trained and trainer.steps_done:
             self._checkpoint(trainer)
         for index, alive in enumerate(self.alive):
             if alive:
