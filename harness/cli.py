@@ -486,13 +486,10 @@ def ood(
     from algorithms.detectors import DetectorConfig
     from analysis import detection
     from analysis.plots import save_figure
-    from harness import datasets, provenance
+    from harness import datasets
     from harness import ood as benchmark
     from harness.display import counted
-    from harness.ingest import dataset_record
     from harness.spec import parse_seeds
-    from harness.typed import config_to_dict
-    from results.records import DetectionRecord
 
     chosen = parse_seeds(seeds)
     data = datasets.load(dataset)
@@ -509,21 +506,10 @@ def ood(
             data, chosen, only or (), config, count, policies, device,
             grid=MAP_SIDE if flat else 0, report=lambda name, done, steps: tell(done, steps, name),
         )  # fmt: skip
-    (commit, dirty), now = provenance.git_state(), provenance.utc_now()
-    measured = {s.detector: detection.measure(s.detector, s.data, s.against) for s in found}
-    records = [
-        DetectionRecord(
-            spec.id, spec.digest, scores.detector, config_to_dict(scores.config), seed, m.against,
-            len(scores.against[m.against][k]), float(m.auroc[k]), float(m.aupr[k]),
-            float(m.fpr95[k]), now, commit, dirty,
-        )
-        for scores in found
-        for m in measured[scores.detector]
-        for k, seed in enumerate(chosen)
-    ]  # fmt: skip
+    rows = [m for s in found for m in detection.measure(s.detector, s.data, s.against)]
     _, store = _open(home, db)
     with store:
-        store.append([dataset_record(spec.id, spec.digest), *records])
+        store.append(benchmark.records(spec, chosen, found, rows))
     source = {"dataset": spec.id, "digest": spec.digest, "seeds": list(chosen),
               "steps": steps, "width": width, "held_out": benchmark.HELD_OUT,
               "perturbation": benchmark.PERTURBATION,
@@ -535,7 +521,6 @@ def ood(
         pairs = torch.cat((data.obs, data.action), dim=1).cpu().numpy()
         maps = {s.detector: s.grid for s in found if s.grid is not None}
         files += save_figure(detection.draw_maps(maps, obs, action, pairs), out / "maps", source)
-    rows = [m for each in measured.values() for m in each]
     if as_json:
         values = [
             {"detector": m.detector, "against": m.against, "auroc": m.auroc.tolist(),
@@ -544,11 +529,11 @@ def ood(
         ]  # fmt: skip
         print(json.dumps({"detections": values, "files": [str(path) for path in files]}))
         return
-    table = Table("detector", "against", "AUROC", "AUPR", "FPR at 95 % TPR")
-    for m in rows:
-        cells = (detection.with_interval(v) for v in (m.auroc, m.aupr, m.fpr95))
-        table.add_row(m.detector, m.against, *cells)
-    console.print(table)
+    body = [
+        (m.detector, m.against, *map(detection.with_interval, (m.auroc, m.aupr, m.fpr95)))
+        for m in rows
+    ]
+    _print_table(("detector", "against", "AUROC", "AUPR", "FPR at 95 % TPR"), body)
     caption = f"{spec.id}: {len(chosen)} seeds, {steps} steps, 95 % bootstrap intervals over seeds"
     console.print(caption, highlight=False)
     _print_paths(files)

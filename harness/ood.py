@@ -17,9 +17,12 @@ from torch import Tensor
 from algorithms.api import Batch, DatasetSpec
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.detectors import DetectorConfig, detectors
+from harness import provenance
 from harness.datasets.data_spec import held_out_episodes
+from harness.ingest import dataset_record
 from harness.trainer import Trainer, resolve_compile, resolve_device
-from harness.typed import suggest
+from harness.typed import config_to_dict, suggest
+from results.records import DetectionRecord, Record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,3 +212,37 @@ def policy_actions(
         str(label): (own[columns["obs"]].to_numpy(), own[columns["action"]].to_numpy())
         for label, own in rows.groupby("label")
     }
+
+
+def records(
+    spec: DatasetSpec, seeds: Sequence[int], scores: Iterable[Scores], measured: Iterable[Any]
+) -> list[Record]:
+    """Rows for the database: the dataset, and one for each detector, kind of action and seed.
+
+    Args:
+        measured: `detector`, `against` and `auroc`, `aupr`, `fpr95` [K] of each comparison.
+    """
+    (commit, dirty), now = provenance.git_state(), provenance.utc_now()
+    by_name = {each.detector: each for each in scores}
+    found: list[Record] = [dataset_record(spec.id, spec.digest)]
+    for row in measured:
+        of = by_name[row.detector]
+        found += [
+            DetectionRecord(
+                dataset_id=spec.id,
+                dataset_digest=spec.digest,
+                detector=row.detector,
+                config=config_to_dict(of.config),
+                seed=seed,
+                against=row.against,
+                count=len(of.against[row.against][k]),
+                auroc=float(row.auroc[k]),
+                aupr=float(row.aupr[k]),
+                fpr95=float(row.fpr95[k]),
+                created_at=now,
+                git_commit=commit,
+                git_dirty=dirty,
+            )
+            for k, seed in enumerate(seeds)
+        ]
+    return found
