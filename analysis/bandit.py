@@ -232,12 +232,6 @@ def _what(metric: str) -> str:
     return share.get(metric, METRICS[metric])
 
 
-def _shown(estimate: Estimate) -> str:
-    if estimate.low is None:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
 def _bound(
     estimates: Mapping[str, Mapping[str, Estimate]],
     label: str,
@@ -258,7 +252,7 @@ def _bound(
         verdict = "fails"
     else:
         verdict = "undecided"
-    return Claim(text, _shown(found), threshold, verdict)
+    return Claim(text, found.text(), threshold, verdict)
 
 
 def _lower(
@@ -268,7 +262,7 @@ def _lower(
     if label not in estimates or than not in estimates:
         return Claim(text, "", DISJOINT, "not measured")
     low, high = estimates[label][metric], estimates[than][metric]
-    measured = f"{_shown(low)} against {_shown(high)}"
+    measured = f"{low.text()} against {high.text()}"
     if low.low is None or low.high is None or high.low is None or high.high is None:
         return Claim(text, measured, DISJOINT, "too few seeds")
     if low.high < high.low:
@@ -285,7 +279,7 @@ def markdown(report: Report) -> str:
         [
             _name(label) if label in TITLES else label,
             str(int((report.numbers.label == label).sum())),
-            *(_shown(row[metric]) for metric in METRICS),
+            *(row[metric].text() for metric in METRICS),
         ]
         for label, row in report.estimates.items()
     ]

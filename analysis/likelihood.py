@@ -89,9 +89,7 @@ def rows(report: Report) -> tuple[list[str], list[list[str]]]:
         own = report.numbers.query("dataset_id == @dataset and label == @label")
         mean, median = "no density", ""
         if found is not None:
-            mean = f"{found.value:.3f}"
-            if found.low is not None:
-                mean += f" [{found.low:.3f}, {found.high:.3f}]"
+            mean = found.text()
             median = f"{own.nll_median.mean():.3f}"
         body.append([dataset, label, str(len(own)), str(own.rows.min()), mean, median])
     return ["dataset", "policy", "seeds", f"{where} rows", "NLL", "its median over rows"], body

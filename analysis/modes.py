@@ -127,11 +127,7 @@ def build(
 
 
 def _shown(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "none solved in some seed"
-    if estimate.low is None:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return "none solved in some seed" if estimate is None else estimate.text()
 
 
 def rows(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -120,11 +120,7 @@ def build(path: Path, seed: int = 0) -> Report:
 
 
 def _shown(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "no density"
-    if estimate.low is None:
-        return f"{estimate.value:.3f}"
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return "no density" if estimate is None else estimate.text()
 
 
 def rows(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -37,6 +37,13 @@ class Estimate:
     low: float | None
     high: float | None
 
+    def text(self, digits: int = 3, scale: float = 1.0) -> str:
+        """Value and interval, "0.512 [0.480, 0.544]", or the value alone."""
+        value = f"{scale * self.value:.{digits}f}"
+        if self.low is None or self.high is None:
+            return value
+        return f"{value} [{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
+
 
 def _iqm(samples: np.ndarray, counts: Sequence[int]) -> np.ndarray:
     """Interquartile mean over all runs and tasks: [R, sum of counts] -> [R].

@@ -220,10 +220,7 @@ def _remarks(board: Leaderboard) -> list[str]:
 
 
 def _estimate(estimate: stats.Estimate) -> str:
-    value = f"{100 * estimate.value:.1f}"
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
+    return estimate.text(1, 100)
 
 
 def _rank(rank: Rank | None) -> str:
