@@ -20,8 +20,7 @@ from harness.plan import make_plan
 from harness.spec import load_experiment
 from harness.worker import Job, run_stack
 from tests import inline
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.processes import REPOSITORY, harness, ray_workers, wait_for, work_files
 
 TWO_DRIVERS = """
 import sys
@@ -67,22 +66,6 @@ def spec(tmp_path: Path, bandit: str) -> Path:
 def job_of(experiment, home, stop_file) -> Job:
     plan = make_plan(experiment, None, ArtifactStore(home.artifacts), home.work)
     return Job(plan.ready()[0], experiment.run, home, {}, stop_file)
-
-
-def wait_for(condition, timeout_s: float = 120.0, process: subprocess.Popen | None = None) -> bool:
-    """True as soon as the condition holds; False if the process ended before it did."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if process is not None and process.poll() is not None:
-            return False
-        if time.monotonic() > deadline:
-            raise TimeoutError("the sweep made no progress")
-        time.sleep(0.01)
-    return True
-
-
-def work_files(home: Path) -> int:
-    return sum(path.stat().st_size for path in home.glob("work/*/spool.jsonl"))
 
 
 def test_a_process_killed_at_random_points_leaves_the_rows_of_an_uninterrupted_run(spec, tmp_path):
@@ -165,31 +148,6 @@ def test_any_flipped_byte_is_found(spec, tmp_path, kind):
     assert found == 100
 
 
-def harness(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "harness.cli", *arguments],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-
-
-def ray_workers(process: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that train, among the children of a sweep's driver."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        try:
-            if "_train_stack" in child.name() or any(
-                "_train_stack" in part or "ImplicitFunc" in part for part in child.cmdline()
-            ):
-                found.append(child)
-        except psutil.Error:
-            continue
-    return found
-
-
 @pytest.mark.slow
 def test_killed_ray_workers_and_drivers_lose_and_repeat_nothing(spec, tmp_path):
     whole, home = tmp_path / "whole", tmp_path / "killed"
@@ -202,12 +160,12 @@ def test_killed_ray_workers_and_drivers_lose_and_repeat_nothing(spec, tmp_path):
     for _ in range(2):
         before = work_files(home)
         if not wait_for(
-            lambda before=before: work_files(home) > before and ray_workers(process),
+            lambda before=before: work_files(home) > before and ray_workers(process.pid),
             process=process,
         ):
             break
         time.sleep(rng.uniform(0.0, 1.0))
-        for child in ray_workers(process)[:1]:
+        for child in ray_workers(process.pid)[:1]:
             child.kill()
             killed["worker"] += 1
     for _ in range(2):
@@ -215,7 +173,7 @@ def test_killed_ray_workers_and_drivers_lose_and_repeat_nothing(spec, tmp_path):
         if wait_for(lambda before=before: work_files(home) > before, process=process):
             time.sleep(rng.uniform(0.0, 1.5))
         if process.poll() is None:
-            trainers = ray_workers(process)
+            trainers = ray_workers(process.pid)
             process.kill()
             killed["driver"] += 1
             _, alive = psutil.wait_procs(trainers, timeout=30)
