@@ -33,14 +33,20 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from harness.datasets import DatasetError
+from harness.evaluate import EvaluationError
+from harness.full_disk import DiskFullError
 from harness.spec import RunOptions
 from harness.stopping import interruptible
 from harness.worker import Job, Progress, StackBusyError, run_stack
 
 REPORT_EVERY_S = 0.5
 INIT_TRIES = 2
-NOT_RETRIED = (ValueError, TypeError, LookupError, AttributeError, ImportError, DatasetError)
-"""Errors of data, configuration or code, which a second try would meet again."""
+NOT_RETRIED = (
+    *(ValueError, TypeError, LookupError, AttributeError, ImportError),
+    *(DatasetError, DiskFullError, EvaluationError),
+)
+"""Errors of data, configuration or code, a full disk, an episode that failed twice: a second try
+would meet them again."""
 
 
 class WorkQueue(Protocol):
@@ -55,7 +61,7 @@ class WorkQueue(Protocol):
     def progressed(self, job: Job, progress: Progress) -> None: ...
 
     def completed(self, job: Job, outcome: str) -> None:
-        """The stack has ended: done, interrupted, diverged, failed, or busy (see `run_stack`)."""
+        """The stack has ended: done, interrupted, diverged, or busy (see `run_stack`)."""
 
     def failed(self, job: Job, error: str) -> None:
         """The stack failed for good: an error that would recur, or too many crashes."""
@@ -107,7 +113,11 @@ class _Listener(_Unsaved, tune.Callback):
             self._queue.progressed(self._jobs[trial.trial_id], Progress(**result["progress"]))
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._queue.completed(self._jobs[trial.trial_id], trial.last_result.get("outcome", "done"))
+        job, result = self._jobs[trial.trial_id], trial.last_result
+        if result.get("outcome") == "failed":
+            self._queue.failed(job, result["error"])
+        else:
+            self._queue.completed(job, result.get("outcome", "done"))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._queue.failed(self._jobs[trial.trial_id], _error_text(trial))
