@@ -23,7 +23,9 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # safetensors tells errors of the system in words alone.
-        in_words = type(error).__name__ == "SafetensorError" and f"os error {_FULL[0]}" in str(error)
+        in_words = type(error).__name__ == "SafetensorError" and f"os error {_FULL[0]}" in str(
+            error
+        )
         if not in_words and getattr(error, "errno", None) not in _FULL:
             raise
         raise DiskFullError(

@@ -41,7 +41,11 @@ def state(home: Path) -> dict[str, tuple[int, int, int]]:
         steps = [record.step for record in records if isinstance(record, MetricRecord)]
         if runs:
             segments = runs[-1].segments
-            found[path.parent.name] = (len(segments), segments[-1]["from_step"], max(steps, default=0))
+            found[path.parent.name] = (
+                len(segments),
+                segments[-1]["from_step"],
+                max(steps, default=0),
+            )
     return found
 
 

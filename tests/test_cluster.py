@@ -98,9 +98,9 @@ def test_trials_move_when_a_node_is_lost_and_rows_equal_those_of_one_node(bandit
 
         home, lost = tmp_path / "lost", started.nodes[1]
         process = sweep(home)
-        assert wait_for(
-            lambda: work_files(home) > 10_000 and working() == 2, process=process
-        ), "the node was to be lost in the middle"
+        assert wait_for(lambda: work_files(home) > 10_000 and working() == 2, process=process), (
+            "the node was to be lost in the middle"
+        )
         (raylet,) = [
             child
             for child in psutil.Process(lost.pid).children(recursive=True)
