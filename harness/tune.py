@@ -8,9 +8,12 @@ goes through its spool, never through Tune: a lost report costs a progress line,
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -131,6 +134,7 @@ def _error_text(trial: Any) -> str:
     return "the worker process died (killed, or out of memory)"
 
 
+@functools.cache
 def _end_with_parent() -> None:
     """Ends this worker soon after its node's Ray has died (with a killed driver, say).
 
@@ -147,9 +151,24 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
+def _forget_the_last_stack() -> None:
+    """Frees what a stack before this one left in the process: memory, and compiled steps.
+
+    Torch would compile the step of an eighth learner no more.
+    """
+    import torch
+
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _train_stack(config: dict[str, Any]) -> None:
     """What a Ray worker runs."""
     _end_with_parent()
+    _forget_the_last_stack()
     last: list[Any] = [0.0, ""]  # when and in which phase a report was sent
 
     def report(progress: Progress) -> None:
@@ -224,7 +243,7 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
             search_alg=_ReadyStacks(queue, jobs),
             num_samples=-1,
             max_concurrent_trials=run.max_concurrent or None,
-            reuse_actors=False,
+            reuse_actors=True,  # starting a process and importing torch takes seconds
             trial_name_creator=lambda trial: f"stack-{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"stack-{trial.trial_id}",
         ),

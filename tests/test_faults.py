@@ -16,8 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import provenance, watchdog
+from harness import datasets, provenance, watchdog
 from harness.artifacts import ArtifactError, ArtifactStore
+from harness.datasets import DatasetError
+from harness.datasets.bandit2d import make_bandit2d
+from harness.datasets.record import DIGEST_FILE
 from harness.environments import Bandit2D
 from harness.ingest import Ingester
 from harness.plan import make_plan
@@ -263,6 +266,38 @@ def test_any_flipped_byte_is_found(spec, tmp_path, kind):
         path.write_bytes(content)
     store.verify(name)
     assert found == 100
+
+
+def test_any_flipped_byte_of_a_dataset_is_found(tmp_path, monkeypatch):
+    """`verify` names the file; what is loaded for training is what was recorded, or refused."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    name = make_bandit2d(seed=0, steps=400).id
+    folder = tmp_path / "data" / name
+    datasets.verify(name)
+    recorded, record = datasets.digest(name), (folder / DIGEST_FILE).read_bytes()
+    files = sorted(path for path in (folder / "data").iterdir())
+    rng, found, harmless = random.Random(0), 0, 0
+    for _ in range(100):
+        path = rng.choice(files)
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises(DatasetError, match=re.escape(str(path))):
+            datasets.verify(name)
+        found += 1
+        try:
+            assert datasets.load_raw(name).digest == recorded
+            harmless += 1
+        except DatasetError as error:
+            refused = str(error)
+            assert name in refused
+        path.write_bytes(whole)
+        (folder / DIGEST_FILE).write_bytes(record)
+    assert found == 100
+    print(f"{harmless} of 100 flips were outside of what is trained on, and loaded as recorded")
+    assert datasets.load_raw(name).digest == recorded
 
 
 @pytest.mark.slow

@@ -643,6 +643,7 @@ print(json.dumps({"writes": sum(told[:writers], []), "reads": sum(told[writers:]
 def test_thirty_two_writers_and_eight_readers_lose_no_row_and_wait_little(url):
     """Each appends 20 rows about once a second, as 32 drivers with two busy workers each would."""
     writers, readers, appends = 32, 8, 20
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
     with Store.open(url) as store:
         store.append([DATASET, make_trial(), make_run()])
     command = [sys.executable, "-c", CROWD, url, *map(str, (writers, readers, appends, 2.0))]
@@ -657,6 +658,8 @@ def test_thirty_two_writers_and_eight_readers_lose_no_row_and_wait_little(url):
     p99 = {what: sorted(told[what])[int(0.99 * len(told[what]))] for what in ("writes", "reads")}
     print(f"{url.partition(':')[0]}: p99 of {len(told['writes'])} writes {p99['writes']:.3f} s, "
           f"of {len(told['reads'])} reads {p99['reads']:.3f} s")  # fmt: skip
+    if busy > 2.0:
+        pytest.skip(f"rows are exact; {busy:.0f} processes a core leave nothing to say about time")
     assert p99["writes"] < 0.25
 
 
