@@ -79,17 +79,13 @@ def spool_seconds(home: Home) -> float:
     total = 0.0
     for number, path in enumerate(found):
         lines = path.read_bytes().splitlines(keepends=True)
-        records = [list(map(_one, spool._unpack(json.loads(line)))) for line in lines]
+        records = [spool._unpack(json.loads(line)) for line in lines]
         began = time.perf_counter()
         with Spool(home.root / "again" / f"{number}.jsonl") as again:
             for part in records:
                 again.append(part)
         total += time.perf_counter() - began
     return total / len(found)
-
-
-def _one(record):
-    return record
 
 
 def measure(trials: int, folder: Path) -> None:
@@ -108,9 +104,9 @@ def measure(trials: int, folder: Path) -> None:
             subprocess.run(status, check=True, stdout=subprocess.DEVNULL)
             latencies.append(time.perf_counter() - began)
         time.sleep(SAMPLE_S)
-    assert driver.stdout is not None
-    told = json.loads(driver.stdout.read())
-    assert told["ok"], "a trial failed"
+    output, _ = driver.communicate()
+    if driver.returncode or not (told := json.loads(output))["ok"]:
+        raise SystemExit("the sweep failed")
     slots = os.cpu_count() or 1
     with Store.open(home.database_url(), read_only=True) as store:
         work = statistics.mean(sum(timings.values()) for timings in store.runs()["timings"])

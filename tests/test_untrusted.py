@@ -76,13 +76,13 @@ def test_a_spec_with_a_python_tag_is_refused_and_runs_nothing(tmp_path, tag):
     with pytest.raises(SpecError, match=r"spec\.yaml: not valid YAML: .*tag"):
         load_experiment(path, [])
     path.write_text("name: x\nalgorithms: [bc]\ndatasets: [a-v0]\nseeds: 0\n")
-    with pytest.raises(SpecError, match="not valid YAML: .*tag"):
+    with pytest.raises(SpecError, match=r"not valid YAML: .*tag"):
         load_experiment(path, [f"seeds={tag}"])
     assert not trap.exists()
 
 
 @pytest.mark.parametrize("name", ["../../x-v0", "/etc/passwd", "a/../../b-v0", "x-v0/../y-v0"])
-def test_a_dataset_id_that_leaves_the_store_is_refused_by_every_command(tmp_path, monkeypatch, name):
+def test_a_dataset_id_that_leaves_the_store_is_refused_everywhere(tmp_path, monkeypatch, name):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
     spec = tmp_path / "spec.yaml"
     spec.write_text(f"name: x\nalgorithms: [bc]\ndatasets: [{name}]\nseeds: 0\n")
