@@ -43,7 +43,7 @@ from harness.stopping import interruptible
 from harness.worker import Job, Progress, StackBusyError, run_stack
 
 REPORT_EVERY_S = 0.5
-INIT_TRIES = 2
+INIT_TRIES = 4  # Ray waits 30 s for its own processes, too little on a busy machine
 NOT_RETRIED = (
     *(ValueError, TypeError, LookupError, AttributeError, ImportError),
     *(DatasetError, DiskFullError, EvaluationError),
