@@ -43,7 +43,7 @@ evaluation: {{every: 2, episodes: 1}}
 run: {{log_every: 2, compile: "off", device: cpu, max_stack: 1}}
 """
 SAMPLE_S = 1.0
-STATUS_EVERY_S = 10.0
+STATUS_EVERY_S = 20.0
 
 
 def drive(spec: Path, home: Home) -> None:
