@@ -34,8 +34,10 @@ test: install  ## fast tests
 test-slow: install  ## slow tests: faults, full sweeps, compiled steps
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-test-faults: install  ## kills, hangs, signals, two drivers: what docs/reliability.md lists
-	$(BIN)/python -m pytest -m "not gpu" tests/test_faults.py tests/test_slurm.py tests/test_watchdog.py
+test-faults: install  ## kills, hangs, full disks, lost nodes, 100,000 odd files: docs/reliability.md
+	$(BIN)/python -m pytest -s -m "not gpu" tests/test_faults.py tests/test_cluster.py \
+	  tests/test_full_disk.py tests/test_fuzz.py tests/test_untrusted.py tests/test_slurm.py \
+	  tests/test_watchdog.py tests/test_store.py
 
 test-all: test test-slow  ## both
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from harness.full_disk import explained
 from harness.provenance import utc_now
 from harness.typed import FieldError, canonical_json
 from results.records import ArtifactRecord
@@ -103,6 +104,7 @@ class ArtifactStore:
         Raises:
             ValueError: for a bad id, manifest or file name.
             ArtifactError: if `write` left nothing or a file that is not a regular one.
+            DiskFullError: if there is no room; nothing of the publication is left then.
         """
         final = self.path(stage_id)
         for name in _RESERVED:
@@ -110,6 +112,16 @@ class ArtifactStore:
                 raise ValueError(f"manifest key {name!r} is written by the store; leave it out")
         if self.has(stage_id):
             return self.record(stage_id)
+        with explained(final):
+            return self._publish(final, stage_id, write, manifest)
+
+    def _publish(
+        self,
+        final: Path,
+        stage_id: str,
+        write: Callable[[Path], None],
+        manifest: Mapping[str, Any],
+    ) -> ArtifactRecord:
         self.root.mkdir(parents=True, exist_ok=True)
         temporary = self.root / f"{_TEMPORARY}{stage_id}-{os.getpid()}-{secrets.token_hex(4)}"
         temporary.mkdir()

@@ -43,6 +43,8 @@ app = typer.Typer(
     "leaderboards with intervals.",
 )
 app.add_typer(data_app, name="data", help="Datasets: list, card, verify, make, import, download.")
+cluster_app = typer.Typer(no_args_is_help=True)
+app.add_typer(cluster_app, name="cluster", help="A Ray cluster of several nodes on this machine.")
 
 console = Console()
 errors = Console(stderr=True)
@@ -284,6 +286,32 @@ def slurm(
             highlight=False,
             soft_wrap=True,
         )
+
+
+@cluster_app.command("up")
+def cluster_up(
+    nodes: Annotated[int, typer.Option(help="Nodes, with the head.")] = 2,
+    cpus: Annotated[int, typer.Option(help="CPUs of each [the machine's, shared].")] = 0,
+    home: HomeOption = None,
+) -> None:
+    """Start a local cluster and print what to export; sweeps then run on it."""
+    import shlex
+
+    from harness import cluster
+    from harness.home import Home
+
+    started = cluster.up(Home.find(home).root, nodes, cpus)
+    errors.print(f"{nodes} nodes run; `harness cluster down` ends them", highlight=False)
+    print("export " + shlex.join(f"{k}={v}" for k, v in started.environment.items()))
+
+
+@cluster_app.command("down")
+def cluster_down(home: HomeOption = None) -> None:
+    """End exactly the processes that `harness cluster up` started."""
+    from harness import cluster
+    from harness.home import Home
+
+    console.print(f"{cluster.down(Home.find(home).root)} nodes ended", highlight=False)
 
 
 def _print_plan_line(plan: dict[str, Any]) -> None:

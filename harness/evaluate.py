@@ -32,7 +32,10 @@ class Episode:
 
 
 class EvaluationError(RuntimeError):
-    """An environment misbehaved; names the environment, the seed and the step."""
+    """An environment misbehaved in an episode, and again when it was played anew in a fresh one.
+
+    Names the environment, the episode, its seed and the step.
+    """
 
 
 @dataclass
@@ -44,6 +47,7 @@ class _Slot:
     total: float = 0.0
     length: int = 0
     mode: int | None = None
+    again: bool = False  # the episode in play is a second try
     obs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
 
 
@@ -76,6 +80,8 @@ class Evaluator:
             raise ValueError(f"episodes is {episodes}, num_envs {num_envs}; both must be >= 1")
         self.episodes = episodes
         self.first_env_seed = first_env_seed
+        self.retried = [0] * num_seeds  # episodes of the last run that had to be played anew
+        self._make_env = make_env
         self.slots = [
             [_Slot(make_env()) for _ in range(min(episodes, num_envs))] for _ in range(num_seeds)
         ]
@@ -105,7 +111,11 @@ class Evaluator:
         Returns:
             K lists in the order of episodes, and for seeds whose policy produced an action that
             is not finite which one.
+        Raises:
+            EvaluationError: if an environment fails twice in one episode. The first time the
+                episode is played anew in a new environment, and counted in `retried`.
         """
+        self.retried = [0] * len(self.slots)
         done: list[list[Episode]] = [[] for _ in self.slots]
         failed: dict[int, str] = {}
         waiting = [list(range(self.episodes))[::-1] if is_alive else [] for is_alive in alive]
@@ -113,7 +123,7 @@ class Evaluator:
         for k, row in enumerate(self.slots):
             for slot in row:
                 if waiting[k]:
-                    self._begin(slot, waiting[k].pop())
+                    self._begin(k, slot, waiting[k].pop())
                     active[k].append(slot)
         while any(active):
             on_step()
@@ -124,10 +134,10 @@ class Evaluator:
                     done[k], active[k] = [], []
                     continue
                 for slot, action in zip(slots, actions[k], strict=False):
-                    if self._play(slot, action):
+                    if self._play(k, slot, action):
                         done[k].append(self._finished(slot))
                         if waiting[k]:
-                            self._begin(slot, waiting[k].pop())
+                            self._begin(k, slot, waiting[k].pop())
                         else:
                             slot.episode = -1
                 active[k] = [slot for slot in slots if slot.episode >= 0]
@@ -163,27 +173,56 @@ class Evaluator:
             )
         return actions
 
-    def _begin(self, slot: _Slot, episode: int) -> None:
-        slot.episode, slot.total, slot.length, slot.mode = episode, 0.0, 0, None
-        first, _ = slot.env.reset(seed=self.first_env_seed + episode)
+    def _begin(self, k: int, slot: _Slot, episode: int) -> None:
+        slot.episode, slot.again = episode, False
+        try:
+            self._reset(slot)
+        except Exception as error:
+            self._play_anew(k, slot, error)
+
+    def _reset(self, slot: _Slot) -> None:
+        slot.total, slot.length, slot.mode = 0.0, 0, None
+        first, _ = slot.env.reset(seed=self.first_env_seed + slot.episode)
         slot.obs = np.asarray(first, dtype=np.float32).reshape(-1)
 
-    def _play(self, slot: _Slot, action: np.ndarray) -> bool:
-        """Steps one environment; whether its episode is over."""
+    def _play(self, k: int, slot: _Slot, action: np.ndarray) -> bool:
+        """Steps one environment of seed k; whether its episode is over."""
+        try:
+            return self._step(slot, action)
+        except Exception as error:
+            self._play_anew(k, slot, error)
+            return False
+
+    def _step(self, slot: _Slot, action: np.ndarray) -> bool:
+        slot.length += 1
         next_obs, reward, terminated, truncated, info = slot.env.step(
             np.clip(action, self.action_low, self.action_high)
         )
         slot.obs = np.asarray(next_obs, dtype=np.float32).reshape(-1)
         slot.total += float(reward)
-        slot.length += 1
         slot.mode = info.get("mode")
         if not np.isfinite(slot.total) or not np.isfinite(slot.obs).all():
-            raise EvaluationError(
-                f"{slot.env.spec.id if slot.env.spec else slot.env} returned a reward or an "
-                f"observation that is not finite in episode {slot.episode} (env seed "
-                f"{self.first_env_seed + slot.episode}) at step {slot.length}"
-            )
+            raise ValueError("a reward or an observation is not finite")
         return bool(terminated or truncated)
+
+    def _play_anew(self, k: int, slot: _Slot, error: Exception) -> None:
+        """The episode from its start in a new environment; a second failure is the end."""
+        if not slot.again:
+            slot.again = True
+            self.retried[k] += 1
+            try:
+                slot.env.close()
+                slot.env = self._make_env()
+                self._reset(slot)
+                return
+            except Exception as second:
+                error = second
+        name = slot.env.spec.id if slot.env.spec else slot.env
+        raise EvaluationError(
+            f"{name} failed twice in episode {slot.episode} (env seed "
+            f"{self.first_env_seed + slot.episode}) at step {slot.length}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
     def _finished(self, slot: _Slot) -> Episode:
         env_seed = self.first_env_seed + slot.episode

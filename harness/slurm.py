@@ -53,6 +53,10 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 scratch="${{TMPDIR:-/tmp}}/ray-$SLURM_JOB_ID"
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{{print $1}}')
 resources="--num-cpus={resources.cpus_per_node} --num-gpus={resources.gpus_per_node}"
+# Ray runs what anyone who reaches its port sends: only what knows this job's token may.
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')
+export RAY_AUTH_TOKEN
 
 srun --nodes=1 --ntasks=1 --nodelist="$head" --overlap \\
   ray start --head --node-ip-address="$address" --port="$port" --temp-dir="$scratch" \\

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from harness.full_disk import explained
 from results.records import (
     ArtifactRecord,
     DatasetRecord,
@@ -60,9 +61,10 @@ class Spool:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         created = not self.path.exists()
-        self._descriptor: int | None = os.open(
-            self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
-        )
+        with explained(self.path):
+            self._descriptor: int | None = os.open(
+                self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
+            )
         if created:
             _flush_folder(self.path.parent)
         self._repair()
@@ -75,6 +77,7 @@ class Spool:
         Raises:
             ValueError: if the spool is closed.
             TypeError: for anything that is not a record.
+            DiskFullError: if there is no room; none of the records is there then.
         """
         if self._descriptor is None:
             raise ValueError(f"spool {self.path} is closed")
@@ -83,15 +86,16 @@ class Spool:
             return 0
         data = b"".join(json.dumps(line).encode("ascii") + b"\n" for line in _pack(rows))
         end = os.fstat(self._descriptor).st_size
-        try:
-            written = 0
-            while written < len(data):
-                written += os.write(self._descriptor, data[written:])
-            os.fsync(self._descriptor)
-        except OSError:
-            # A full disk may take half a line; without it the next append would join on to it.
-            os.ftruncate(self._descriptor, end)
-            raise
+        with explained(self.path):
+            try:
+                written = 0
+                while written < len(data):
+                    written += os.write(self._descriptor, data[written:])
+                os.fsync(self._descriptor)
+            except OSError:
+                # A full disk may take half a line; the next append would join on to it.
+                os.ftruncate(self._descriptor, end)
+                raise
         return len(rows)
 
     def records(self) -> Iterator[Record]:

@@ -31,6 +31,9 @@ from results.store import Store
 
 BUSY_RETRY_S = 30.0
 """Until a stack that another driver was found to train is looked at again."""
+INGEST_EVERY_S = 10.0
+"""Between two looks at the spool of a stack in progress: with hundreds of stacks that each report
+twice a second the driver would do nothing else."""
 
 RunQueue = Callable[["Queue", Callable[[], None]], None]
 """What runs a queue to its end; `harness.tune.run_queue` outside tests of the planning alone."""
@@ -71,6 +74,7 @@ class Queue:
     finished_stages: set[str] = field(default_factory=set)
     failed_stages: dict[str, str] = field(default_factory=dict)  # id -> why
     busy_until: dict[str, float] = field(default_factory=dict)  # stack id -> when to look again
+    ingest_at: dict[str, float] = field(default_factory=dict)  # stack id -> when to ingest again
     completed_stacks: int = 0
 
     def next(self) -> Job | None:
@@ -94,8 +98,11 @@ class Queue:
 
     def progressed(self, job: Job, progress: Progress) -> None:
         self.display.update(job.stack.id, title(job.stack), len(job.stack.seeds), progress)
-        for stage in job.stack.stages:
-            self.ingester.stage(stage.id)
+        now = time.monotonic()
+        if now >= self.ingest_at.get(job.stack.id, 0.0):
+            self.ingest_at[job.stack.id] = now + INGEST_EVERY_S
+            for stage in job.stack.stages:
+                self.ingester.stage(stage.id)
 
     def completed(self, job: Job, outcome: str) -> None:
         stack = self.running.pop(job.stack.id)

@@ -8,9 +8,12 @@ goes through its spool, never through Tune: a lost report costs a progress line,
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -33,14 +36,20 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from harness.datasets import DatasetError
+from harness.evaluate import EvaluationError
+from harness.full_disk import DiskFullError
 from harness.spec import RunOptions
 from harness.stopping import interruptible
 from harness.worker import Job, Progress, StackBusyError, run_stack
 
 REPORT_EVERY_S = 0.5
-INIT_TRIES = 2
-NOT_RETRIED = (ValueError, TypeError, LookupError, AttributeError, ImportError, DatasetError)
-"""Errors of data, configuration or code, which a second try would meet again."""
+INIT_TRIES = 4  # Ray waits 30 s for its own processes, too little on a busy machine
+NOT_RETRIED = (
+    *(ValueError, TypeError, LookupError, AttributeError, ImportError),
+    *(DatasetError, DiskFullError, EvaluationError),
+)
+"""Errors of data, configuration or code, a full disk, an episode that failed twice: a second try
+would meet them again."""
 
 
 class WorkQueue(Protocol):
@@ -55,7 +64,7 @@ class WorkQueue(Protocol):
     def progressed(self, job: Job, progress: Progress) -> None: ...
 
     def completed(self, job: Job, outcome: str) -> None:
-        """The stack has ended: done, interrupted, diverged, failed, or busy (see `run_stack`)."""
+        """The stack has ended: done, interrupted, diverged, or busy (see `run_stack`)."""
 
     def failed(self, job: Job, error: str) -> None:
         """The stack failed for good: an error that would recur, or too many crashes."""
@@ -107,7 +116,11 @@ class _Listener(_Unsaved, tune.Callback):
             self._queue.progressed(self._jobs[trial.trial_id], Progress(**result["progress"]))
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._queue.completed(self._jobs[trial.trial_id], trial.last_result.get("outcome", "done"))
+        job, result = self._jobs[trial.trial_id], trial.last_result
+        if result.get("outcome") == "failed":
+            self._queue.failed(job, result["error"])
+        else:
+            self._queue.completed(job, result.get("outcome", "done"))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._queue.failed(self._jobs[trial.trial_id], _error_text(trial))
@@ -121,6 +134,7 @@ def _error_text(trial: Any) -> str:
     return "the worker process died (killed, or out of memory)"
 
 
+@functools.cache
 def _end_with_parent() -> None:
     """Ends this worker soon after its node's Ray has died (with a killed driver, say).
 
@@ -137,9 +151,24 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
+def _forget_the_last_stack() -> None:
+    """Frees what a stack before this one left in the process: memory, and compiled steps.
+
+    Torch would compile the step of an eighth learner no more.
+    """
+    import torch
+
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _train_stack(config: dict[str, Any]) -> None:
     """What a Ray worker runs."""
     _end_with_parent()
+    _forget_the_last_stack()
     last: list[Any] = [0.0, ""]  # when and in which phase a report was sent
 
     def report(progress: Progress) -> None:
@@ -214,7 +243,7 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
             search_alg=_ReadyStacks(queue, jobs),
             num_samples=-1,
             max_concurrent_trials=run.max_concurrent or None,
-            reuse_actors=False,
+            reuse_actors=True,  # starting a process and importing torch takes seconds
             trial_name_creator=lambda trial: f"stack-{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"stack-{trial.trial_id}",
         ),

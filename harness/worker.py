@@ -634,6 +634,10 @@ class _TrainingRun:
             ]
             if rows:
                 self.spools[index].append(rows)
+            again = evaluation.evaluator.retried[index]
+            if again:  # a count that is there only where an environment failed
+                count = {"evaluation_retries": [float(again)] * len(self.stages)}
+                self._spool_metrics(index, trainer.steps_done, count)
             returns += [episode.episode_return for episode in played]
         self.last_return = sum(returns) / len(returns) if returns else None
         self.timings["evaluate"] += time.perf_counter() - started

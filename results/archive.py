@@ -103,10 +103,9 @@ def read(path: Path) -> list[Record]:
 def _record(kind: str, text: str, path: Path) -> Any:
     if kind not in KINDS:
         raise StoreError(f"{path}: unknown kind of record {kind!r}; written by a newer version?")
-    values = json.loads(text)
     try:
-        return records.from_json(KINDS[kind], values)
-    except (KeyError, TypeError) as error:
+        return records.from_json(KINDS[kind], json.loads(text))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path}: a {kind} does not fit this version: {error}") from error
 
 

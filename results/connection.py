@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from results.errors import StoreError
 
 BUSY_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10
+FULL_DISK_BYTES = 1 << 20
 _MIGRATION_LOCK = 0x0FF11E_5E1F  # key of PostgreSQL's advisory lock; any constant of our own
 
 # Write-ahead logging needs memory shared between the processes, so one host. FUSE file systems
@@ -167,8 +169,14 @@ def _advice(url: URL, error: sa.exc.DBAPIError) -> str:
                 f"{BUSY_TIMEOUT_S:.0f} s. Find who holds it (fuser {url.database}); many writers "
                 "belong on PostgreSQL"
             )
-        if "disk is full" in lower:
+        io_error = "disk i/o error" in lower  # SQLite says so too where its index finds no room
+        if "disk is full" in lower or (io_error and _is_full(Path(str(url.database)))):
             return f"the disk that holds {url.database} is full: nothing was written; make room"
+        if io_error:
+            return (
+                f"{url.database} could not be read or written ({cause}): nothing was written. "
+                "Check the disk and its quota (dmesg, df), or use another one"
+            )
     elif isinstance(error, sa.exc.OperationalError) and (
         error.connection_invalidated or "connection" in lower or "resolve" in lower
     ):
@@ -177,6 +185,14 @@ def _advice(url: URL, error: sa.exc.DBAPIError) -> str:
             "password and database in the URL"
         )
     return f"{name}: {cause}"
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the disk of a file has less room than SQLite's index of a log may need."""
+    try:
+        return shutil.disk_usage(path.parent).free < FULL_DISK_BYTES
+    except OSError:
+        return False
 
 
 # ---------------------------------------------------------------------------- SQLite

@@ -140,14 +140,57 @@ def test_an_action_that_is_not_finite_ends_only_its_seed():
     assert episodes == [good[0], []]
 
 
-def test_a_broken_environment_is_named_with_its_seed_and_step():
-    class Broken(Walk):
-        def step(self, action):
-            obs, reward, *rest = super().step(action)
-            return obs, (float("nan") if self.t == 3 else reward), *rest
+class Failing(Walk):
+    """Raises, or returns what is not a number, at one step; `left` times over all instances."""
 
-    with pytest.raises(EvaluationError, match=r"env seed 5\d\) at step 3"):
-        evaluate(LinearPolicy([0.0]), [0], 2, 2, make=Broken)
+    left, made = 0, 0
+
+    def __init__(self, how="raise"):
+        super().__init__()
+        self.how = how
+        type(self).made += 1
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        if self.t != 3 or type(self).left == 0:
+            return obs, reward, *rest
+        type(self).left -= 1
+        if self.how == "raise":
+            raise OSError("the simulator is unwell")
+        return obs, float("nan"), *rest
+
+    def reset(self, **options):
+        if self.how == "reset" and type(self).left:
+            type(self).left -= 1
+            raise OSError("the simulator is unwell")
+        return super().reset(**options)
+
+
+@pytest.mark.parametrize("how", ["raise", "nan", "reset"])
+def test_an_episode_whose_environment_fails_once_is_played_anew_and_counted(how, monkeypatch):
+    seeds, step = torch.tensor([4, 9]), torch.tensor([7, 7])
+    whole, _ = evaluate(NoisyPolicy(), [4, 9], 5, 2)
+    monkeypatch.setattr(Failing, "left", 1)
+    monkeypatch.setattr(Failing, "made", 0)
+    evaluator = Evaluator(lambda: Failing(how), 2, 5, 2, 50)
+    for retried in (1, 0):
+        episodes, failed = evaluator.run(NoisyPolicy(), seeds, step, [True, True])
+        assert episodes == whole
+        assert failed == {}
+        assert sum(evaluator.retried) == retried
+    assert Failing.made == 5, "four environments, and a new one for the one that failed"
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [("raise", "OSError: the simulator is unwell"), ("nan", "ValueError: a reward or an obs")],
+)
+def test_an_environment_that_fails_twice_is_named_with_its_seed_and_step(how, cause, monkeypatch):
+    monkeypatch.setattr(Failing, "left", 100)
+    with pytest.raises(
+        EvaluationError, match=rf"failed twice in episode \d \(env seed 5\d\) at step 3: {cause}"
+    ):
+        evaluate(LinearPolicy([0.0]), [0], 2, 2, make=lambda: Failing(how))
 
 
 def test_evaluation_noise_is_a_function_of_seed_step_episode_and_environment_step():

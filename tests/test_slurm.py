@@ -42,6 +42,7 @@ def test_a_cluster_of_its_own_asks_for_what_it_was_told():
         "#SBATCH --output=/log/%x-%j.log",
         "/opt/bin/harness sweep 'my spec.yaml' &",
         'export PATH=/opt/bin:"$PATH"',
+        "export RAY_AUTH_MODE=token",
     ):
         assert line in script.splitlines()
     assert "--partition" not in script

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import random
@@ -606,6 +607,62 @@ def test_processes_that_open_a_database_at_once_all_work(url, kind, processes):
     with Store.open(url) as store:
         assert store.counts()["trials"] == processes
         assert store.counts()["evals"] == processes * 15
+
+
+CROWD = """
+import json, os, random, sys, time
+from results.store import Store
+from tests.test_store import make_evals
+
+url, writers, readers, appends, pause = sys.argv[1], *map(int, sys.argv[2:5]), float(sys.argv[5])
+children = []
+for number in range(writers + readers):
+    out, into = os.pipe()
+    if os.fork() == 0:
+        rng, seconds, end = random.Random(number), [], time.monotonic() + appends * pause / 2
+        with Store.open(url) as store:
+            store.append(make_evals("r0", [0])), store.statuses()  # connected and compiled
+            for turn in range(appends) if number < writers else iter(int, 1):
+                time.sleep(rng.uniform(0.0, pause))
+                began = time.perf_counter()
+                if number < writers:
+                    store.append(make_evals("r0", [1000 * number + turn + 1], episodes=20))
+                else:
+                    assert len(store.statuses()) == 1
+                    if time.monotonic() > end:
+                        break
+                seconds.append(time.perf_counter() - began)
+        os.write(into, json.dumps(seconds).encode())
+        os._exit(0)
+    os.close(into)
+    children.append(out)
+told = [json.loads(os.fdopen(out).read() or "null") for out in children]
+print(json.dumps({"writes": sum(told[:writers], []), "reads": sum(told[writers:], [])}))
+"""
+
+
+@pytest.mark.slow
+def test_thirty_two_writers_and_eight_readers_lose_no_row_and_wait_little(url):
+    """Each appends 20 rows about once a second, as 32 drivers with two busy workers each would."""
+    writers, readers, appends = 32, 8, 20
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    with Store.open(url) as store:
+        store.append([DATASET, make_trial(), make_run()])
+    command = [sys.executable, "-c", CROWD, url, *map(str, (writers, readers, appends, 2.0))]
+    crowd = subprocess.run(command, cwd=ROOT, check=True, timeout=300, capture_output=True)
+    told = json.loads(crowd.stdout)
+    assert len(told["writes"]) == writers * appends
+    assert len(told["reads"]) >= readers
+    with Store.open(url) as store:
+        found = store.evaluations()
+    assert len(found) == writers * appends * 20 + 3
+    assert found["step"].nunique() == writers * appends + 1
+    p99 = {what: sorted(told[what])[int(0.99 * len(told[what]))] for what in ("writes", "reads")}
+    print(f"{url.partition(':')[0]}: p99 of {len(told['writes'])} writes {p99['writes']:.3f} s, "
+          f"of {len(told['reads'])} reads {p99['reads']:.3f} s")  # fmt: skip
+    if busy > 2.0:
+        pytest.skip(f"rows are exact; {busy:.0f} processes a core leave nothing to say about time")
+    assert p99["writes"] < 0.25
 
 
 def test_a_database_newer_than_the_code_is_refused(url):

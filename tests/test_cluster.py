@@ -1,0 +1,115 @@
+"""A cluster of several nodes, for real, on loopback: trials run on all of them and survive one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness import cluster
+from harness.cluster import ClusterError, LocalCluster, Node
+from tests import inline
+from tests.processes import harness, ray_workers, wait_for, work_files
+
+SPEC = """
+name: nodes
+algorithms: {bc: {config: {hidden_dim: 8, batch_size: 8}}}
+datasets: [generated/bandit2d-v0]
+seeds: 0-3
+steps: 3000
+evaluation: {every: 500, episodes: 3}
+run: {log_every: 50, checkpoint_every: 100, compile: "off", device: cpu, max_stack: 1}
+"""
+
+
+def test_impossible_clusters_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="0 nodes with 0 CPUs; expected at least 1 node"):
+        cluster.up(tmp_path, nodes=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_cluster_of_one_home_is_refused_and_only_its_own_processes_end(tmp_path):
+    """`down` knows processes by number and by when they began: a number may be another's by now."""
+    ours = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    others = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    nodes = (
+        Node(ours.pid, psutil.Process(ours.pid).create_time()),
+        Node(others.pid, psutil.Process(others.pid).create_time() - 5.0),
+    )
+    LocalCluster({"RAY_ADDRESS": "127.0.0.2:1"}, str(scratch), nodes).save(tmp_path)
+    with pytest.raises(ClusterError, match=r"runs already, at 127.0.0.2:1.*harness cluster down"):
+        cluster.up(tmp_path, nodes=1)
+    assert cluster.down(tmp_path) == 1
+    assert ours.poll() is not None
+    assert others.poll() is None
+    assert not scratch.exists()
+    assert cluster.find(tmp_path) is None
+    assert cluster.down(tmp_path) == 0
+    others.communicate(b"\n", timeout=30)
+
+
+def test_what_is_remembered_and_cannot_be_read_is_named(tmp_path):
+    (tmp_path / cluster.STATE).write_text("{}")
+    with pytest.raises(ClusterError, match=r"cluster\.json cannot be read"):
+        cluster.down(tmp_path)
+
+
+@contextlib.contextmanager
+def two_nodes(folder: Path):
+    folder.mkdir()
+    started = cluster.up(folder, nodes=2, cpus=1)
+    family = [p for n in started.nodes for p in psutil.Process(n.pid).children(recursive=True)]
+    try:
+        yield started
+    finally:
+        assert cluster.down(folder) >= 1
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert not alive, "a process of the cluster outlived it"
+
+
+@pytest.mark.slow
+def test_trials_move_when_a_node_is_lost_and_rows_equal_those_of_one_node(bandit, tmp_path):
+    """Two sweeps on two nodes, one of them in peace; the other loses a node in the middle."""
+    spec, whole = tmp_path / "nodes.yaml", tmp_path / "whole"
+    spec.write_text(SPEC)
+    assert inline.sweep(spec, whole).ok
+    with two_nodes(tmp_path / "cluster") as started:
+        environment = {**os.environ, **started.environment}
+
+        def sweep(home: Path) -> subprocess.Popen:
+            return harness("sweep", str(spec), "--home", str(home), env=environment)
+
+        def working() -> int:
+            return sum(bool(ray_workers(node.pid)) for node in started.nodes if node.process())
+
+        home = tmp_path / "peace"
+        process = sweep(home)
+        assert wait_for(lambda: working() == 2, process=process), "both nodes were to train"
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert inline.rows(home) == inline.rows(whole)
+
+        home, lost = tmp_path / "lost", started.nodes[1]
+        process = sweep(home)
+        assert wait_for(lambda: work_files(home) > 10_000 and working() == 2, process=process), (
+            "the node was to be lost in the middle"
+        )
+        (raylet,) = [
+            child
+            for child in psutil.Process(lost.pid).children(recursive=True)
+            if child.name() == "raylet"
+        ]
+        trainers = ray_workers(lost.pid)
+        raylet.kill()
+        _, alive = psutil.wait_procs(trainers, timeout=30)
+        assert not alive, "training goes on 30 s after the node was lost"
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output
+        assert inline.rows(home) == inline.rows(whole)
