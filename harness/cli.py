@@ -771,9 +771,11 @@ def _leaderboard(
 
 @app.command()
 def reproduce(
-    algorithm: Annotated[
-        str | None, typer.Argument(help="Only this algorithm (default: all).")
+    what: Annotated[
+        str | None,
+        typer.Argument(help="Only this algorithm (default: all), or an experiment file to run."),
     ] = None,
+    overrides: OverridesArgument = None,
     dataset: Annotated[str, typer.Option(help="Glob over our dataset ids and D4RL's names.")] = "*",
     margin: Annotated[
         float, typer.Option(help="Points within which two means count as equal.")
@@ -785,18 +787,32 @@ def reproduce(
     output_format: Annotated[
         str, typer.Option("--format", help="rich, markdown or json.")
     ] = "rich",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With an experiment: folder of its report [<home>/reproduction/<name>]."),
+    ] = None,
     home: HomeOption = None,
     db: DatabaseOption = None,
 ) -> None:
-    """Printed numbers beside ours, each with a verdict and what it rests on."""
+    """Printed numbers beside ours, with verdicts; of an experiment: run it, then report."""
     from analysis import verdicts
 
+    if what is not None and Path(what).suffix in (".yaml", ".yml"):
+        if (dataset, all_tables, output_format) != ("*", False, "rich"):
+            raise ValueError("--dataset, --all-tables and --format are for stored runs; an "
+                             "experiment's report is Markdown about all of its trials")  # fmt: skip
+        _reproduce(Path(what), overrides or [], margin, out, home, db)
+        return
+    if overrides or out is not None:
+        raise ValueError(
+            f"overrides and --out go with an experiment file (.yaml); {what!r} is not one"
+        )
     if output_format not in ("rich", "markdown", "json"):
         raise ValueError(f"unknown format {output_format!r}; expected rich, markdown or json")
     _, store = _open_to_read(home, db, None)
     with store:
         report = verdicts.reproduce(
-            store, algorithm, dataset, margin, _published_settings, all_tables=all_tables
+            store, what, dataset, margin, _published_settings, all_tables=all_tables
         )
     if output_format != "rich":
         print(verdicts.markdown(report) if output_format == "markdown" else verdicts.json(report))
@@ -812,6 +828,53 @@ def reproduce(
     console.print(verdicts.caption(report), style="dim", highlight=False)
     for note in report.notes:
         console.print(f"! {escape(note)}", style="yellow", highlight=False)
+
+
+def _reproduce(
+    spec: Path,
+    overrides: list[str],
+    margin: float,
+    out: Path | None,
+    home: str | None,
+    db: str | None,
+) -> None:
+    """Gets the data, runs or continues the sweep, writes the report."""
+    from omegaconf import OmegaConf
+
+    from analysis import reproduction
+    from harness.datasets.obtaining import obtain
+    from harness.home import Home
+    from harness.spec import dataset_names, load_experiment
+
+    for name in obtain(dataset_names(spec, overrides), errors.print):
+        console.print(f"dataset {name}: here now", highlight=False)
+    experiment = load_experiment(spec, overrides)
+    failure = _swept(experiment, home, db)
+    folder = out or Home.find(home).root / "reproduction" / experiment.name
+    request = reproduction.Request(
+        experiment.name,
+        experiment.description,
+        OmegaConf.to_yaml(OmegaConf.create(dict(experiment.source))),
+        f"harness reproduce {reproduction.SPEC} --out .",
+    )
+    ids = [trial.id for trial in experiment.trials]
+    _, store = _open(home, db)
+    with store:
+        path = reproduction.write(store, folder, ids, request, _published_settings, margin=margin)
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    if failure:
+        raise failure
+
+
+def _swept(experiment: Experiment, home: str | None, db: str | None) -> typer.Exit | None:
+    """Runs a sweep; how it failed, if that leaves something to report."""
+    try:
+        _sweep(experiment, False, False, home, db, False)
+    except typer.Exit as exit_:
+        if exit_.exit_code != SOME_FAILED:
+            raise
+        return exit_
+    return None
 
 
 def _published_settings(
@@ -1016,13 +1079,7 @@ def quickstart(
         raise FileNotFoundError(f"{spec} is missing: run from a checkout (pip install -e .)")
     _make_quickstart_data()
     experiment = load_experiment(spec, overrides or [])
-    failure: typer.Exit | None = None
-    try:
-        _sweep(experiment, False, False, home, db, False)
-    except typer.Exit as exit_:
-        if exit_.exit_code != SOME_FAILED:
-            raise
-        failure = exit_
+    failure = _swept(experiment, home, db)
     ids = [trial.id for trial in experiment.trials]
     found, store = _open(home, db)
     with store:

@@ -49,6 +49,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "content_hash",
+    "dataset_names",
     "load_experiment",
     "parse_seeds",
     "read_yaml",
@@ -652,6 +653,16 @@ def load_experiment(
         raise
     except FieldError as error:
         raise SpecError(str(error)) from error
+
+
+def dataset_names(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[str]:
+    """The datasets that an experiment names, globs as they are; none needs to be stored.
+
+    Raises:
+        SpecError: if the file cannot be read or names no dataset.
+    """
+    names = _names(_Document(Path(path), overrides).required("datasets"))
+    return [name for name in names if isinstance(name, str)]
 
 
 class _Resolver:
