@@ -6,10 +6,13 @@ that writes it. Verdicts and the leaderboard are those of `verdicts` and `leader
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from analysis import leaderboard, plots, verdicts
 from analysis.tables import markdown_table
@@ -78,18 +81,20 @@ def write(
 
 def _what_ran(store: Store, ids: list[str], statuses: Mapping[str, Any]) -> list[str]:
     """A row per method and dataset, and why what did not end well did not."""
-    trials = store.trials(ids)
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for trial in _records(store.trials(ids)):
+        key = (trial["label"], trial["dataset_id"], trial["variant_id"])
+        groups.setdefault(key, []).append(trial)
     rows = []
-    for (label, dataset), group in trials.groupby(["label", "dataset_id"], sort=True):
-        outcome = group["trial_id"].map(
-            lambda i: statuses[i].status if i in statuses else "never run"
+    for (label, dataset, _), trials in sorted(groups.items()):
+        outcome = Counter(
+            statuses[trial["trial_id"]].status if trial["trial_id"] in statuses else "never run"
+            for trial in trials
         )
-        config = group["config"].iloc[0]
-        evaluation = group["evaluation"].iloc[0]
-        row = [str(label), str(dataset), ", ".join(map(str, sorted(group["seed"])))]
-        row += [f"{config.get('steps', '')}", f"{evaluation.get('episodes', '')}"]
-        row += [", ".join(f"{n} {name}" for name, n in outcome.value_counts().items())]
-        rows.append(row)
+        seeds = ", ".join(str(seed) for seed in sorted(trial["seed"] for trial in trials))
+        settings = (trials[0]["config"].get("steps", ""), trials[0]["evaluation"]["episodes"])
+        ended = ", ".join(f"{n} {name}" for name, n in sorted(outcome.items()))
+        rows.append([label, dataset, seeds, *map(str, settings), ended])
     header = ["method", "dataset", "seeds", "steps", "episodes per evaluation", "outcome"]
     parts = [markdown_table(header, rows)]
     bad = [(i, run) for i, run in sorted(statuses.items()) if run.status != "done"]
@@ -111,45 +116,51 @@ def _figures(paths: Iterable[Path], out: Path) -> list[str]:
 
 
 def _data(store: Store, ids: list[str]) -> str:
-    used = store.trials(ids)[["dataset_id", "dataset_digest"]].drop_duplicates()
-    known = store.datasets()
-    rows = []
-    for dataset_id, digest in sorted(used.itertuples(index=False, name=None)):
-        match = (known["dataset_id"] == dataset_id) & (known["digest"] == digest)
-        row = known[match].iloc[0]
-        counts = [f"{row['num_steps']:,}", f"{row['num_episodes']:,}"]
-        rows.append([dataset_id, row["relation"], *counts, digest])
+    known = {(row["dataset_id"], row["digest"]): row for row in _records(store.datasets())}
+    used = {(row["dataset_id"], row["dataset_digest"]) for row in _records(store.trials(ids))}
+    rows = [
+        [
+            dataset_id,
+            known[dataset_id, digest]["relation"],
+            f"{known[dataset_id, digest]['num_steps']:,}",
+            f"{known[dataset_id, digest]['num_episodes']:,}",
+            digest,
+        ]
+        for dataset_id, digest in sorted(used)
+    ]
     return markdown_table(["dataset", "relation", "steps", "episodes", "sha256 of content"], rows)
 
 
 def _provenance(store: Store, ids: list[str]) -> str:
     """Each recorded fact once, with the number of runs where they differ."""
-    trials, runs = store.trials(ids), store.runs(ids)
-    facts: dict[str, dict[str, int]] = {}
+    facts: dict[str, Counter[str]] = {}
 
     def note(name: str, value: Any) -> None:
-        counts = facts.setdefault(name, {})
-        counts[str(value)] = counts.get(str(value), 0) + 1
+        facts.setdefault(name, Counter())[str(value)] += 1
 
-    for row in trials.itertuples(index=False):
-        note("algorithm", f"{row.algorithm}, revision {row.revision}")
-        note("simulator", row.simulator)
-        note("precision", row.precision)
-    for run in runs.itertuples(index=False):
-        note("commit", (run.git_commit or "unknown") + (" with local changes" * run.git_dirty))
-        note("device", run.device)
-        note("training step", "compiled" if run.compiled else "eager")
-        note("seeds trained together", ", ".join(map(str, run.stack)))
-        for name, version in run.versions.items():
+    for trial in _records(store.trials(ids)):
+        note("algorithm", f"{trial['algorithm']}, revision {trial['revision']}")
+        note("simulator", trial["simulator"])
+        note("precision", trial["precision"])
+    for run in _records(store.runs(ids)):
+        note("commit", (run["git_commit"] or "unknown") + " with local changes" * run["git_dirty"])
+        note("device", run["device"])
+        note("training step", "compiled" if run["compiled"] else "eager")
+        note("seeds trained together", ", ".join(map(str, run["stack"])))
+        for name, version in run["versions"].items():
             note(name, version)
         for name in ("cpu", "cores", "gpu"):
-            if name in run.hardware:
-                note(name, run.hardware[name])
+            if name in run["hardware"]:
+                note(name, run["hardware"][name])
     rows = [
         [name, "; ".join(v if len(counts) == 1 else f"{v} ({n})" for v, n in counts.items())]
         for name, counts in facts.items()
     ]
     return markdown_table(["what", "recorded value (number of trials or runs)"], rows)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    return frame.to_dict("records")  # type: ignore[return-value]
 
 
 def _again(request: Request, store: Store, ids: list[str]) -> list[str]:
