@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.datasets.cli import app as data_app
 
 if TYPE_CHECKING:
     from harness.home import Home
+    from harness.preflight import Check
     from harness.spec import Experiment
     from results.store import Store
 
@@ -160,15 +162,23 @@ def _sweep(
 ) -> None:
     from harness.display import Display
     from harness.plan import measured_rates
+    from harness.preflight import Probe, check, described
+    from harness.registry import Registry
     from harness.sweep import plan_sweep, run_sweep
 
     found, store = _open(home, db)
     retry = ("failed", "diverged") if retry_diverged else ("failed",)
     with store:
-        planned = plan_sweep(experiment, store, found, retry=retry, register=not dry_run)
+        probe = Probe(experiment.run, Registry())
+        planned = plan_sweep(
+            experiment, store, found, retry=retry, register=not dry_run, probe=probe
+        )
         plan = planned.describe(measured_rates(store))
         if dry_run:
-            _print_plan(plan, as_json)
+            checks = check(planned, store, found, probe)
+            _print_plan(described(plan, planned, probe), checks, as_json)
+            if any(item.state == "bad" for item in checks):
+                raise typer.Exit(ENVIRONMENT)
             return
         if not as_json:
             _print_plan_line(plan)
@@ -182,7 +192,9 @@ def _sweep(
         def display(total: int) -> Display:
             return Display(errors if as_json else console, total)
 
-        summary = run_sweep(experiment, store, found, display, run_queue, retry=retry, plan=planned)
+        summary = run_sweep(
+            experiment, store, found, display, run_queue, retry=retry, plan=planned, probe=probe
+        )
         if as_json:
             print(json.dumps({"counts": summary.counts, "errors": summary.errors}))
         else:
@@ -297,14 +309,29 @@ def _print_plan_line(plan: dict[str, Any]) -> None:
     console.print(text, highlight=False)
 
 
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+def _print_plan(plan: dict[str, Any], checks: list[Check], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plan, indent=2))
+        print(json.dumps({**plan, "checks": [vars(item) for item in checks]}, indent=2))
         return
     from harness.plan import plan_tables
 
     for item in plan_tables(plan):
         console.print(item)
+    _print_checks(checks)
+
+
+def _print_checks(checks: list[Check]) -> None:
+    if not checks:
+        return
+    table = Table("check", "", "what was found")
+    marks = {
+        "ok": "[green]ok[/green]",
+        "note": "[yellow]note[/yellow]",
+        "bad": "[red]bad[/red]",
+    }
+    for item in checks:
+        table.add_row(escape(item.name), marks[item.state], escape(item.text))
+    console.print(table)
 
 
 def _print_summary(summary: Any, url: str) -> None:
@@ -330,8 +357,6 @@ def _print_summary(summary: Any, url: str) -> None:
 
 def _last_line(error: str | None) -> str:
     """The line of a traceback that says what happened."""
-    from rich.markup import escape
-
     lines = (error or "").strip().splitlines()
     return escape(lines[-1]) if lines else "no reason was recorded"
 
@@ -817,8 +842,6 @@ def reproduce(
     if output_format != "rich":
         print(verdicts.markdown(report) if output_format == "markdown" else verdicts.json(report))
         return
-    from rich.markup import escape
-
     table = Table(*verdicts.HEADER, title=f"Printed numbers and ours (margin {margin:g} points)")
     for column in table.columns:
         column.overflow = "fold"
@@ -1158,15 +1181,7 @@ def doctor(home: HomeOption = None, db: DatabaseOption = None, as_json: JsonOpti
     if as_json:
         print(json.dumps([vars(item) for item in checks]))
     else:
-        table = Table("check", "", "what was found")
-        marks = {
-            "ok": "[green]ok[/green]",
-            "note": "[yellow]note[/yellow]",
-            "bad": "[red]bad[/red]",
-        }
-        for item in checks:
-            table.add_row(item.name, marks[item.state], item.text)
-        console.print(table)
+        _print_checks(checks)
     if any(item.state == "bad" for item in checks):
         raise typer.Exit(ENVIRONMENT)
 

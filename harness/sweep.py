@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from harness import datasets, environments, watchdog
+from harness import watchdog
 from harness.artifacts import ArtifactStore
 from harness.display import Display
 from harness.home import Home
 from harness.ingest import Ingester
 from harness.plan import Plan, Stack, make_plan, seed_ranges
+from harness.preflight import Probe, check, refuse
 from harness.provenance import utc_now
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
 from harness.spool import Spool, read
-from harness.typed import content_hash
 from harness.worker import Job, Progress
 from results.records import RunRecord
 from results.store import Store
@@ -171,20 +171,23 @@ def plan_sweep(
     registry: Registry | None = None,
     retry: tuple[str, ...] = ("failed",),
     register: bool = True,
+    probe: Probe | None = None,
 ) -> Plan:
     """What is left to do, after taking in what earlier drivers left unread.
 
     Args:
         register: put the trials and their datasets into the database; not for a dry run, and
             not again once it was done.
+        probe: what decides `run.max_stack: auto`, and what `preflight.check` goes on with.
     """
     ingester = Ingester(store, home)
-    if register:
+    probe = probe or Probe(experiment.run, registry or Registry())
+    intact = probe.verify(trial.dataset_id for trial in experiment.trials)
+    if register and intact:  # else `preflight.check` tells, with whatever else is wrong
         ingester.register(experiment.trials)
     ingester.leftovers()
-    return make_plan(
-        experiment, store, ArtifactStore(home.artifacts), home.work, registry, retry=retry
-    )
+    artifacts = ArtifactStore(home.artifacts)
+    return make_plan(experiment, store, artifacts, home.work, registry, retry, probe.sizes)
 
 
 def run_sweep(
@@ -196,6 +199,7 @@ def run_sweep(
     registry: Registry | None = None,
     retry: tuple[str, ...] = ("failed",),
     plan: Plan | None = None,
+    probe: Probe | None = None,
 ) -> Summary:
     """Runs what is left of an experiment.
 
@@ -206,7 +210,10 @@ def run_sweep(
         display_factory: makes a display for a number of stacks.
         run_queue: runs a queue until it is exhausted.
         retry: statuses besides unfinished ones that are run again.
-        plan: of `plan_sweep` for the same experiment and `retry`, if the caller made it already.
+        plan, probe: of `plan_sweep` for the same experiment and `retry`, if the caller made it
+            already.
+    Raises:
+        PreflightError: if the sweep would fail; nothing was started.
     """
     started = time.monotonic()
     stop_file = home.work / f"stop-{os.getpid()}"
@@ -214,8 +221,9 @@ def run_sweep(
     trained, interrupted = 0, False
     given_up: dict[str, str] = {}
     blocked: dict[str, str] = {}
-    plan = plan or plan_sweep(experiment, store, home, registry, retry)
-    preflight(plan)
+    probe = probe or Probe(experiment.run, registry or Registry())
+    plan = plan or plan_sweep(experiment, store, home, registry, retry, probe=probe)
+    refuse(check(plan, store, home, probe))
     attempts = prepare_attempts(experiment.trials, store, home, plan, retry)
     try:
         while True:
@@ -250,7 +258,7 @@ def run_sweep(
             if not queue.completed_stacks:
                 break
             # Diverged seeds are results: from here on only what never ended is planned again.
-            plan = plan_sweep(experiment, store, home, registry, ("failed",), register=False)
+            plan = plan_sweep(experiment, store, home, registry, ("failed",), False, probe)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -258,31 +266,6 @@ def run_sweep(
         Ingester(store, home).leftovers()
     seconds = time.monotonic() - started
     return _summary(experiment, store, trained, seconds, interrupted, blocked)
-
-
-def preflight(plan: Plan) -> None:
-    """Fails now for what would make every worker fail later: data and environments.
-
-    Each dataset of the plan is loaded with its transforms, and its evaluation environment is
-    built and reset once.
-
-    Raises:
-        DatasetError: naming the dataset and what to do.
-    """
-    checked = set()
-    for stack in plan.stacks:
-        stage = stack.stages[0]
-        key = (stage.dataset_id, content_hash(dict(stage.data)))
-        if key in checked:
-            continue
-        checked.add(key)
-        spec = datasets.load(stage.dataset_id, datasets.DataSpec(**stage.data)).spec
-        env = environments.evaluation_environment(stage.dataset_id).make()
-        try:
-            environments.check_fit(env, spec)
-            env.reset(seed=0)
-        finally:
-            env.close()
 
 
 def prepare_attempts(
