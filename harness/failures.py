@@ -22,6 +22,8 @@ _OUT_OF_MEMORY = re.compile(
     r"|node running low on memory"
 )
 """Python, NumPy, torch on GPU and CPU, C++, the system, and Ray's memory monitor."""
+_DIED = re.compile(rf"{WORKER_DIED}|worker process has died|ActorDiedError|actor died unexpected")
+"""Ray guesses at causes behind these words, an OOM killer among them, whatever the cause was."""
 
 
 class EngineError(RuntimeError):
@@ -43,7 +45,7 @@ def classify(error: str, stale: bool = False, oom_kills: int = 0) -> Kind:
         return "no progress"
     if _OUT_OF_MEMORY.search(error):
         return "out of memory"
-    if WORKER_DIED in error:
+    if _DIED.search(error):
         return "out of memory" if oom_kills else "killed"
     return "error"
 

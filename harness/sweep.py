@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -83,7 +83,6 @@ class Queue:
 
     def __post_init__(self) -> None:
         self._oom_kills = kernel_oom_kills()
-        self._split()
 
     def next(self) -> Job | None:
         full = self.most_running and len(self.running) >= self.most_running
@@ -169,14 +168,9 @@ class Queue:
         return f"again ({tried} of {most})" if tried <= most else ""
 
     def _split(self) -> None:
-        """Cuts the stacks that hold more seeds than their limits allow."""
-        stacks: list[Stack] = []
-        for stack in self.plan.stacks:
-            most = min(self.limits.get(stage.id, len(stack.stages)) for stage in stack.stages)
-            parts = balanced(stack.stages, most)
-            stacks += [replace(stack, stages=tuple(part)) for part in parts]
-        self.display.total += len(stacks) - len(self.plan.stacks)
-        self.plan = replace(self.plan, stacks=tuple(stacks))
+        before = len(self.plan.stacks)
+        self.plan = cut(self.plan, self.limits)
+        self.display.total += len(self.plan.stacks) - before
 
     def engine_died(self, error: str) -> None:
         """Takes back the stacks that were running when the engine ended.
@@ -218,6 +212,20 @@ class Queue:
                     if record.status in ("running", "failed")
                 ]
             )
+
+
+def cut(plan: Plan, limits: Mapping[str, int], failed: Collection[str] = ()) -> Plan:
+    """The plan without failed stages, its stacks cut where they hold more than their limits.
+
+    Args:
+        limits: stage id -> most seeds of a stack that it is in.
+    """
+    stacks: list[Stack] = []
+    for stack in plan.stacks:
+        stages = tuple(stage for stage in stack.stages if stage.id not in failed)
+        most = min((limits.get(stage.id, len(stages)) for stage in stages), default=1)
+        stacks += [replace(stack, stages=tuple(part)) for part in balanced(stages, most)]
+    return replace(plan, stacks=tuple(stacks))
 
 
 def title(stack: Stack) -> str:
@@ -301,6 +309,7 @@ def run_sweep(
     attempts = prepare_attempts(experiment.trials, store, home, plan, retry)
     try:
         while True:
+            whole, plan = plan, cut(plan, limits, given_up)
             if not plan.ready(failed=given_up):
                 break
             with display_factory(len(plan.stacks)) as display:
@@ -328,7 +337,7 @@ def run_sweep(
                 died = _run(run_queue, queue, on_interrupt)
             trained += queue.completed_stacks
             given_up |= queue.failed_stages
-            blocked |= plan.blocked_trials(given_up)
+            blocked |= whole.blocked_trials(given_up) | failed_trials(whole, given_up)
             if stop_file.exists():
                 interrupted = True
                 break
@@ -345,6 +354,17 @@ def run_sweep(
         Ingester(store, home).leftovers()
     seconds = time.monotonic() - started
     return _summary(experiment, store, trained, seconds, interrupted, blocked)
+
+
+def failed_trials(plan: Plan, failed: Mapping[str, str]) -> dict[str, str]:
+    """Trials whose last stage failed: id -> why."""
+    stages = {stage.id: stage for stack in plan.stacks for stage in stack.stages}
+    return {
+        trial.id: reason
+        for stage_id, reason in failed.items()
+        if stage_id in stages
+        for trial in stages[stage_id].trials
+    }
 
 
 def _run(run_queue: RunQueue, queue: Queue, on_interrupt: Callable[[], None]) -> bool:
