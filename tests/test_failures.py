@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from small_catalog import PLUGIN
 
-from harness import cli
 from harness.failures import EngineError, classify, kernel_oom_kills
 from results.store import Store
 from tests import inline
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-GIB = 2**30
 
 SPEC = """
 name: faulty
@@ -34,9 +25,6 @@ run: {log_every: 2, checkpoint_every: 2, compile: "off", device: cpu, max_stack:
 @pytest.fixture
 def spec(tmp_path: Path, bandit: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(str(PLUGIN))
-    (tmp_path / "deaths").mkdir()
-    monkeypatch.setenv("FAULTY_FOLDER", str(tmp_path / "deaths"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(REPOSITORY), str(PLUGIN))))
     path = tmp_path / "faulty.yaml"
     path.write_text(SPEC)
     return path
@@ -133,62 +121,3 @@ def test_an_engine_that_never_starts_anything_is_an_error(spec, tmp_path):
 
     with pytest.raises(EngineError, match="no resources"):
         inline.sweep(spec, tmp_path / "home", run_queue=dead)
-
-
-# ---------------------------------------------------------------------------------- through Ray
-
-
-def sweep(spec: Path, home: Path, *overrides: str, **environment: str) -> tuple[int, dict]:
-    done = subprocess.run(
-        [sys.executable, "-m", "harness.cli", "sweep", str(spec), *overrides,
-         "--home", str(home), "--json"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False,
-        env={**os.environ, **environment},
-    )  # fmt: skip
-    assert done.stdout.strip(), done.stderr
-    return done.returncode, json.loads(done.stdout) | {"log": done.stderr}
-
-
-@pytest.mark.slow
-def test_workers_that_kill_themselves_are_tried_again_and_lose_nothing(spec, tmp_path):
-    killing = ["config.fault=kill", "config.times=2", "seeds=0-1"]
-    code, told = sweep(spec, tmp_path / "killed", *killing)
-    assert code == cli.OK, told
-    ends = [(2, "killed"), (2, "killed"), (2, None)]
-    assert segments(tmp_path / "killed") == {0: ends, 1: ends}
-    assert inline.sweep(spec, tmp_path / "whole", killing).ok  # two have died already
-    assert inline.rows(tmp_path / "killed") == inline.rows(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_worker_that_always_dies_is_named_and_the_others_are_finished(spec, tmp_path):
-    spec.write_text(SPEC.replace("[faulty]", "{sound: {algorithm: faulty}, doomed: {algorithm: "
-                                 "faulty, config: {fault: kill, times: 99}}}"))  # fmt: skip
-    code, told = sweep(spec, tmp_path / "home", "seeds=0", "run.max_failures=1")
-    assert code == cli.SOME_FAILED
-    assert told["counts"] == {"done": 1, "failed": 1}
-    (error,) = told["errors"].values()
-    assert "worker process" in error
-    assert "again (1 of 1)" in told["log"]
-    assert len(list((tmp_path / "deaths").iterdir())) == 2
-
-
-@pytest.mark.slow
-def test_rays_memory_monitor_does_not_end_the_sweep(spec, tmp_path):
-    """It kills a stack of two seeds of 2 GiB; one at a time fits below its threshold."""
-    memory = psutil.virtual_memory()
-    if memory.available < 9 * GIB:
-        pytest.skip("needs 9 GiB of free memory")
-    threshold = (memory.total - memory.available + 4.2 * GIB) / memory.total
-    code, told = sweep(
-        spec,
-        tmp_path / "home",
-        *("config.fault=swell", "seeds=0-1", "run.max_stack=2", "run.max_concurrent=1"),
-        RAY_memory_usage_threshold=f"{threshold:.4f}",
-        RAY_memory_monitor_refresh_ms="100",
-    )
-    assert code == cli.OK, told
-    assert segments(tmp_path / "home") == {
-        seed: [(2, "out of memory"), (1, None)] for seed in (0, 1)
-    }
-    assert "Ray Tune ended" in told["log"] or "out of memory" in told["log"]

@@ -1,14 +1,11 @@
-"""An algorithm whose process meets a fault at its fifth step: killed, or out of memory for real.
+"""An algorithm whose process meets a fault at its fifth step: out of memory, for real.
 
 Learns like `two_stage_plugin`'s teacher, so that what it leaves can be compared with a run without.
 """
 
 from __future__ import annotations
 
-import os
 import resource
-import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,15 +22,13 @@ FAULT_AT = 5  # not at the first step, which is tried beforehand in the driver
 @dataclass(frozen=True)
 class Config:
     steps: int = 40
-    fault: str = "none"  # none | kill | limit | swell
-    times: int = 0  # kill: how often, counted by files in FAULTY_FOLDER
+    fault: str = "none"  # none | limit
     fit: int = 1  # limit: seeds that fit
 
 
 @dataclass(frozen=True)
 class FaultyConfig(RegressionConfig):
     fault: str
-    times: int
     fit: int
 
 
@@ -49,13 +44,6 @@ class Faulty(Linear):
     def none(self) -> None:
         """No fault."""
 
-    def kill(self) -> None:
-        folder = Path(os.environ["FAULTY_FOLDER"])
-        died = len(list(folder.iterdir()))
-        if died < self.config.times:
-            (folder / str(died)).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
     def limit(self) -> None:
         """A GiB per seed within a limit that `fit` of them stay in; no page of it is touched."""
         before = resource.getrlimit(resource.RLIMIT_AS)
@@ -66,15 +54,9 @@ class Faulty(Linear):
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
-    def swell(self) -> None:
-        """Two GiB per seed, touched and kept for a while."""
-        block = torch.ones(len(self.weight), GIB // 2)
-        time.sleep(5.0)
-        del block
-
 
 def stages(config: Config) -> tuple[Train, ...]:
-    own = FaultyConfig(0.05, 32, config.fault, config.times, config.fit)
+    own = FaultyConfig(0.05, 32, config.fault, config.fit)
     return (Train("policy", Faulty, own, config.steps),)
 
 
