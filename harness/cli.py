@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from harness.datasets.cli import app as data_app
 
 if TYPE_CHECKING:
     from harness.home import Home
+    from harness.preflight import Check
     from harness.spec import Experiment
     from results.store import Store
 
@@ -161,15 +163,23 @@ def _sweep(
 ) -> None:
     from harness.display import Display
     from harness.plan import measured_rates
+    from harness.preflight import Probe, check, described
+    from harness.registry import Registry
     from harness.sweep import plan_sweep, run_sweep
 
     found, store = _open(home, db)
     retry = ("failed", "diverged") if retry_diverged else ("failed",)
     with store:
-        planned = plan_sweep(experiment, store, found, retry=retry, register=not dry_run)
+        probe = Probe(experiment.run, Registry())
+        planned = plan_sweep(
+            experiment, store, found, retry=retry, register=not dry_run, probe=probe
+        )
         plan = planned.describe(measured_rates(store))
         if dry_run:
-            _print_plan(plan, as_json)
+            checks = check(planned, store, found, probe)
+            _print_plan(described(plan, planned, probe), checks, as_json)
+            if any(item.state == "bad" for item in checks):
+                raise typer.Exit(ENVIRONMENT)
             return
         if not as_json:
             _print_plan_line(plan)
@@ -183,7 +193,9 @@ def _sweep(
         def display(total: int) -> Display:
             return Display(errors if as_json else console, total)
 
-        summary = run_sweep(experiment, store, found, display, run_queue, retry=retry, plan=planned)
+        summary = run_sweep(
+            experiment, store, found, display, run_queue, retry=retry, plan=planned, probe=probe
+        )
         if as_json:
             print(json.dumps({"counts": summary.counts, "errors": summary.errors}))
         else:
@@ -324,14 +336,29 @@ def _print_plan_line(plan: dict[str, Any]) -> None:
     console.print(text, highlight=False)
 
 
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+def _print_plan(plan: dict[str, Any], checks: list[Check], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(plan, indent=2))
+        print(json.dumps({**plan, "checks": [vars(item) for item in checks]}, indent=2))
         return
     from harness.plan import plan_tables
 
     for item in plan_tables(plan):
         console.print(item)
+    _print_checks(checks)
+
+
+def _print_checks(checks: list[Check]) -> None:
+    if not checks:
+        return
+    table = Table("check", "", "what was found")
+    marks = {
+        "ok": "[green]ok[/green]",
+        "note": "[yellow]note[/yellow]",
+        "bad": "[red]bad[/red]",
+    }
+    for item in checks:
+        table.add_row(escape(item.name), marks[item.state], escape(item.text))
+    console.print(table)
 
 
 def _print_summary(summary: Any, url: str) -> None:
@@ -357,8 +384,6 @@ def _print_summary(summary: Any, url: str) -> None:
 
 def _last_line(error: str | None) -> str:
     """The line of a traceback that says what happened."""
-    from rich.markup import escape
-
     lines = (error or "").strip().splitlines()
     return escape(lines[-1]) if lines else "no reason was recorded"
 
@@ -767,9 +792,11 @@ def _leaderboard(
 
 @app.command()
 def reproduce(
-    algorithm: Annotated[
-        str | None, typer.Argument(help="Only this algorithm (default: all).")
+    what: Annotated[
+        str | None,
+        typer.Argument(help="Only this algorithm (default: all), or an experiment file to run."),
     ] = None,
+    overrides: OverridesArgument = None,
     dataset: Annotated[str, typer.Option(help="Glob over our dataset ids and D4RL's names.")] = "*",
     margin: Annotated[
         float, typer.Option(help="Points within which two means count as equal.")
@@ -781,24 +808,36 @@ def reproduce(
     output_format: Annotated[
         str, typer.Option("--format", help="rich, markdown or json.")
     ] = "rich",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With an experiment: folder of its report [<home>/reproduction/<name>]."),
+    ] = None,
     home: HomeOption = None,
     db: DatabaseOption = None,
 ) -> None:
-    """Printed numbers beside ours, each with a verdict and what it rests on."""
+    """Printed numbers beside ours, with verdicts; of an experiment: run it, then report."""
     from analysis import verdicts
 
+    if what is not None and Path(what).suffix in (".yaml", ".yml"):
+        if (dataset, all_tables, output_format) != ("*", False, "rich"):
+            raise ValueError("--dataset, --all-tables and --format are for stored runs; an "
+                             "experiment's report is Markdown about all of its trials")  # fmt: skip
+        _reproduce(Path(what), overrides or [], margin, out, home, db)
+        return
+    if overrides or out is not None:
+        raise ValueError(
+            f"overrides and --out go with an experiment file (.yaml); {what!r} is not one"
+        )
     if output_format not in ("rich", "markdown", "json"):
         raise ValueError(f"unknown format {output_format!r}; expected rich, markdown or json")
     _, store = _open_to_read(home, db, None)
     with store:
         report = verdicts.reproduce(
-            store, algorithm, dataset, margin, _published_settings, all_tables=all_tables
+            store, what, dataset, margin, _published_settings, all_tables=all_tables
         )
     if output_format != "rich":
         print(verdicts.markdown(report) if output_format == "markdown" else verdicts.json(report))
         return
-    from rich.markup import escape
-
     table = Table(*verdicts.HEADER, title=f"Printed numbers and ours (margin {margin:g} points)")
     for column in table.columns:
         column.overflow = "fold"
@@ -808,6 +847,53 @@ def reproduce(
     console.print(verdicts.caption(report), style="dim", highlight=False)
     for note in report.notes:
         console.print(f"! {escape(note)}", style="yellow", highlight=False)
+
+
+def _reproduce(
+    spec: Path,
+    overrides: list[str],
+    margin: float,
+    out: Path | None,
+    home: str | None,
+    db: str | None,
+) -> None:
+    """Gets the data, runs or continues the sweep, writes the report."""
+    from omegaconf import OmegaConf
+
+    from analysis import reproduction
+    from harness.datasets.obtaining import obtain
+    from harness.home import Home
+    from harness.spec import dataset_names, load_experiment
+
+    for name in obtain(dataset_names(spec, overrides), errors.print):
+        console.print(f"dataset {name}: here now", highlight=False)
+    experiment = load_experiment(spec, overrides)
+    failure = _swept(experiment, home, db)
+    folder = out or Home.find(home).root / "reproduction" / experiment.name
+    request = reproduction.Request(
+        experiment.name,
+        experiment.description,
+        OmegaConf.to_yaml(OmegaConf.create(dict(experiment.source))),
+        f"harness reproduce {reproduction.SPEC} --out .",
+    )
+    ids = [trial.id for trial in experiment.trials]
+    _, store = _open(home, db)
+    with store:
+        path = reproduction.write(store, folder, ids, request, _published_settings, margin=margin)
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    if failure:
+        raise failure
+
+
+def _swept(experiment: Experiment, home: str | None, db: str | None) -> typer.Exit | None:
+    """Runs a sweep; how it failed, if that leaves something to report."""
+    try:
+        _sweep(experiment, False, False, home, db, False)
+    except typer.Exit as exit_:
+        if exit_.exit_code != SOME_FAILED:
+            raise
+        return exit_
+    return None
 
 
 def _published_settings(
@@ -1065,13 +1151,7 @@ def quickstart(
         raise FileNotFoundError(f"{spec} is missing: run from a checkout (pip install -e .)")
     _make_quickstart_data()
     experiment = load_experiment(spec, overrides or [])
-    failure: typer.Exit | None = None
-    try:
-        _sweep(experiment, False, False, home, db, False)
-    except typer.Exit as exit_:
-        if exit_.exit_code != SOME_FAILED:
-            raise
-        failure = exit_
+    failure = _swept(experiment, home, db)
     ids = [trial.id for trial in experiment.trials]
     found, store = _open(home, db)
     with store:
@@ -1150,15 +1230,7 @@ def doctor(home: HomeOption = None, db: DatabaseOption = None, as_json: JsonOpti
     if as_json:
         print(json.dumps([vars(item) for item in checks]))
     else:
-        table = Table("check", "", "what was found")
-        marks = {
-            "ok": "[green]ok[/green]",
-            "note": "[yellow]note[/yellow]",
-            "bad": "[red]bad[/red]",
-        }
-        for item in checks:
-            table.add_row(item.name, marks[item.state], item.text)
-        console.print(table)
+        _print_checks(checks)
     if any(item.state == "bad" for item in checks):
         raise typer.Exit(ENVIRONMENT)
 

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
-from harness import provenance
+from harness import preflight, provenance
 from harness.home import Home
-
-LOW_DISK_BYTES = 2 * 2**30
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of `harness doctor`."""
-
-    name: str
-    state: Literal["ok", "note", "bad"]
-    text: str
+from harness.preflight import Check
 
 
 def check(home: str | None, db: str | None) -> Iterator[Check]:
@@ -39,7 +27,7 @@ def check(home: str | None, db: str | None) -> Iterator[Check]:
             yield Check(name, state, version if state == "ok" else "absent: make install")
     yield _compiler()
     yield _device()
-    yield _memory()
+    yield preflight.machine_memory()
     yield _simulator()
     yield from _home(home, db)
     yield _datasets()
@@ -62,14 +50,6 @@ def _device() -> Check:
     return Check("device", "ok", f"CPU, {os.cpu_count()} cores; no CUDA device")
 
 
-def _memory() -> Check:
-    import psutil
-
-    free = psutil.virtual_memory().available
-    state: Literal["ok", "note"] = "ok" if free > 2 * 2**30 else "note"
-    return Check("memory", state, f"{free / 2**30:.1f} GiB available")
-
-
 def _simulator() -> Check:
     try:
         import gymnasium
@@ -89,19 +69,17 @@ def _home(home: str | None, db: str | None) -> Iterator[Check]:
 
     try:
         found = Home.find(home)
-        probe = found.root / f".doctor-{os.getpid()}"
-        probe.write_bytes(b"probe")
-        probe.unlink()
-        free = shutil.disk_usage(found.root).free
+        free = preflight.writable(found)
     except OSError as error:
         yield Check("home", "bad", str(error))
         return
-    low = free < LOW_DISK_BYTES
-    yield Check("home", "note" if low else "ok", f"{found.root}, {free / 2**30:.1f} GiB free")
+    low = free < preflight.LOW_DISK_BYTES
+    yield Check("home", "note" if low else "ok", f"{found.root}, {preflight.gib(free)} free")
     try:
         with Store.open(found.database_url(db)) as store:
             counts = store.counts()
             rows = ", ".join(f"{count} {name}" for name, count in counts.items())
+            store.check_writable()
             yield Check("database", "ok", f"{store.url} (schema {store.version}; {rows})")
     except Exception as error:
         yield Check("database", "bad", str(error))

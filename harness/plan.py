@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 FINISHED = ("done", "diverged")
 """Statuses that are results: such a trial is not run again unless it is asked for."""
+
+UNSIZED = 16
+"""Seeds in a stack where `run.max_stack: auto` cannot be decided."""
+
+StackSizes = Callable[[Mapping[str, Sequence["Stage"]], Mapping[str, "Stage"]], dict[str, int]]
+"""From groups of stages that may be stacked, by name, and all stages by id: seeds in a stack."""
 
 MOST_SHOWN = 6  # stacks of one kind that `plan_tables` lists one by one
 
@@ -310,6 +316,7 @@ def make_plan(
     work: str | os.PathLike[str],
     registry: Registry | None = None,
     retry: Sequence[str] = ("failed",),
+    sizes: StackSizes | None = None,
 ) -> Plan:
     """What is left of an experiment.
 
@@ -319,6 +326,7 @@ def make_plan(
         work: the folder whose `<stage_id>/checkpoints/<step>/` are looked at for resuming.
         retry: statuses to run again. Unfinished trials always are; add "diverged" (or "done") to
             repeat results.
+        sizes: how `run.max_stack: auto` is decided; without it, as many as `UNSIZED`.
 
     Raises:
         ValueError: if a trial's revision or config does not fit the installed algorithm.
@@ -356,7 +364,8 @@ def make_plan(
         kind = (stage_id in cached, stage_id in evaluate_only)
         groups.setdefault(_group(stage, families[stage_id], kind), []).append(stage)
     stacks: list[Stack] = []
-    for group in groups.values():
+    most = _stack_sizes(experiment.run.max_stack, groups, stages, sizes)
+    for name, group in groups.items():
         only = group[0].id in evaluate_only
         again = group[0].id in cached and not only
         steps: dict[str, list[int]] = {stage.id: [] for stage in group}
@@ -365,8 +374,7 @@ def make_plan(
                 found = checkpoint_steps(Path(work) / stage.id / "checkpoints")
                 steps[stage.id] = usable_steps(stage, found, runs)
         stacks += [
-            Stack(part, step, only, again)
-            for part, step in _split(group, steps, experiment.run.max_stack)
+            Stack(part, step, only, again) for part, step in _split(group, steps, most[name])
         ]
     return Plan(experiment, trials, stages, cached, statuses, done, tuple(stacks))
 
@@ -419,6 +427,20 @@ def unique_stages(
         known = stages[stage.id]
         stages[stage.id] = replace(known, trials=(*known.trials, trial))
     return stages, last
+
+
+def _stack_sizes(
+    asked: int | str,
+    groups: Mapping[str, Sequence[Stage]],
+    stages: Mapping[str, Stage],
+    sizes: StackSizes | None,
+) -> dict[str, int]:
+    """The most seeds in a stack, for each group."""
+    if isinstance(asked, int):
+        return dict.fromkeys(groups, asked)
+    if sizes is None:
+        return dict.fromkeys(groups, UNSIZED)
+    return sizes(groups, stages)
 
 
 def _wanted(stages: Mapping[str, Stage], cached: Collection[str], todo: Iterable[str]) -> list[str]:
@@ -581,7 +603,9 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Any]:
             notes[f"{dataset}: {row['note']}"] = None
     found: list[Any] = [settings, *(escape(note) for note in notes)]
     if plan["stacks"]:
-        stacks = _folding_table("stage", "dataset", "seeds, stack by stack", "steps", "estimate")
+        stacks = _folding_table(
+            "stage", "dataset", "seeds, stack by stack", "steps", "memory", "estimate"
+        )
         for rows in _alike(plan["stacks"]):
             stacks.add_row(*map(escape, _stack_cells(rows)))
         found.append(stacks)
@@ -649,7 +673,9 @@ def _stack_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         seeds += f" | {len(rows) - MOST_SHOWN} more"
     known = [item["seconds"] for item in rows if item["seconds"] is not None]
     estimate = duration(sum(known) if len(known) == len(rows) else None)
-    return stage, row["dataset_id"], seeds, steps, estimate
+    needs = [item["bytes"] for item in rows if item.get("bytes")]
+    memory = f"{max(needs) / 2**30:.1f} GiB" if needs else "unknown"
+    return stage, row["dataset_id"], seeds, steps, memory, estimate
 
 
 def duration(seconds: float | None) -> str:

@@ -49,6 +49,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "content_hash",
+    "dataset_names",
     "load_experiment",
     "parse_seeds",
     "read_yaml",
@@ -205,7 +206,8 @@ class RunOptions:
         compile_act: where the step is compiled, compile acting in evaluations as well. Takes 20 to
             50 s (minutes for long chains) and saves a third to a half of each policy call.
         cpus_per_stack, gpus_per_stack: resources of one worker process; fractions share a device.
-        max_stack: most seeds trained together in one process.
+        max_stack: most seeds trained together in one process; auto chooses it for each stage from
+            memory and from what can run at once (`harness.memory.stack_size`).
         log_every: gradient steps per chunk; metrics are means over a chunk.
         checkpoint_every: gradient steps between checkpoints.
         max_failures: how often a crashed stack is retried within one sweep.
@@ -220,7 +222,7 @@ class RunOptions:
     compile_act: bool = False
     cpus_per_stack: float = 1.0
     gpus_per_stack: float = 0.0
-    max_stack: int = 16
+    max_stack: int | Literal["auto"] = 16
     log_every: int = 500
     checkpoint_every: int = 5000
     max_failures: int = 3
@@ -239,7 +241,7 @@ class RunOptions:
             ("gpus_per_stack", 0),
             ("stale_after_s", 0),
         ):
-            if getattr(self, name) < least:
+            if getattr(self, name) != "auto" and getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
         if self.cpus_per_stack <= 0:
             raise ValueError(f"cpus_per_stack is {self.cpus_per_stack}; expected more than 0")
@@ -652,6 +654,16 @@ def load_experiment(
         raise
     except FieldError as error:
         raise SpecError(str(error)) from error
+
+
+def dataset_names(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[str]:
+    """The datasets that an experiment names, globs as they are; none needs to be stored.
+
+    Raises:
+        SpecError: if the file cannot be read or names no dataset.
+    """
+    names = _names(_Document(Path(path), overrides).required("datasets"))
+    return [name for name in names if isinstance(name, str)]
 
 
 class _Resolver:

@@ -10,21 +10,22 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from harness import datasets, environments, watchdog
+from harness import watchdog
 from harness.artifacts import ArtifactStore
 from harness.display import Display
+from harness.failures import EngineError, classify, kernel_oom_kills, with_end
 from harness.home import Home
 from harness.ingest import Ingester
-from harness.plan import Plan, Stack, make_plan, seed_ranges
+from harness.plan import Plan, Stack, balanced, make_plan, seed_ranges
+from harness.preflight import Probe, check, refuse
 from harness.provenance import utc_now
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
 from harness.spool import Spool, read
-from harness.typed import content_hash
 from harness.worker import Job, Progress
 from results.records import RunRecord
 from results.store import Store
@@ -61,7 +62,11 @@ class Summary:
 
 @dataclass
 class Queue:
-    """Hands out stacks whose needs are met; implements `harness.tune.WorkQueue`."""
+    """Hands out stacks whose needs are met; implements `harness.tune.WorkQueue`.
+
+    A stack that failed is handed out again: with half of its seeds if it ran out of memory, else as
+    it was, `run.max_failures` times.
+    """
 
     plan: Plan
     experiment: Experiment
@@ -75,10 +80,17 @@ class Queue:
     failed_stages: dict[str, str] = field(default_factory=dict)  # id -> why
     busy_until: dict[str, float] = field(default_factory=dict)  # stack id -> when to look again
     ingest_at: dict[str, float] = field(default_factory=dict)  # stack id -> when to ingest again
+    crashes: dict[str, int] = field(default_factory=dict)  # stage id -> how often
+    limits: dict[str, int] = field(default_factory=dict)  # stage id -> most seeds with it
+    most_running: int = 0  # 0 is any number
     completed_stacks: int = 0
 
+    def __post_init__(self) -> None:
+        self._oom_kills = kernel_oom_kills()
+
     def next(self) -> Job | None:
-        if self.stop_file.exists():
+        full = self.most_running and len(self.running) >= self.most_running
+        if self.stop_file.exists() or full:
             return None
         now = time.monotonic()
         for stack in self._ready():
@@ -104,7 +116,7 @@ class Queue:
             for stage in job.stack.stages:
                 self.ingester.stage(stage.id)
 
-    def completed(self, job: Job, outcome: str) -> None:
+    def completed(self, job: Job, outcome: str, error: str = "") -> None:
         stack = self.running.pop(job.stack.id)
         if outcome == "busy":
             if stack.id not in self.busy_until:
@@ -114,15 +126,19 @@ class Queue:
         self.completed_stacks += 1
         done, bad = [], []
         for stage in stack.stages:
+            if outcome == "failed":
+                self._record_failure(stage.id, error, "error")
             self.ingester.stage(stage.id)
             if ArtifactStore(self.home.artifacts).has(stage.id):
                 self.finished_stages.add(stage.id)
                 done.append(stage)
             elif outcome != "interrupted":
-                self.failed_stages[stage.id] = "diverged"
+                self.failed_stages[stage.id] = error or outcome
                 bad.append(stage)
         text = f"{title(stack)}: {outcome}"
-        if bad and done:
+        if outcome == "failed":
+            text = f"[red]{text}[/red] {error}"
+        elif bad and done:
             text += f", but seeds {[stage.seed for stage in bad]} diverged"
         self.display.end(stack.id, text)
         clean_up(self.home, (stage.id for stage in done))
@@ -130,16 +146,67 @@ class Queue:
     def failed(self, job: Job, error: str) -> None:
         stack = self.running.pop(job.stack.id)
         self.completed_stacks += 1
-        stale = self.home.stale(stack.stages[0].id)
-        error = watchdog.report(stale, job.run.stale_after_s) or error
+        stale = watchdog.report(self.home.stale(stack.stages[0].id), job.run.stale_after_s)
+        error = stale or error
+        kills, self._oom_kills = self._oom_kills, kernel_oom_kills()
+        kind = classify(error, bool(stale), self._oom_kills - kills)
         reason = error.strip().splitlines()[-1] if error.strip() else "unknown"
+        again = self._again(stack, kind)
         for stage in stack.stages:
-            self.failed_stages[stage.id] = reason
-            self._record_failure(stage.id, error)
+            if not again:
+                tries = f" ({kind}, tried {self.crashes[stage.id]} times)"
+                self.failed_stages[stage.id] = reason + tries * (self.crashes[stage.id] > 1)
+            self._record_failure(stage.id, error, kind)
             self.ingester.stage(stage.id)
-        self.display.end(stack.id, f"[red]{title(stack)}: failed[/red] {reason}")
+        if again:
+            self.display.line(f"[yellow]{title(stack)}: {kind}[/yellow] {reason}; {again}")
+        else:
+            self.display.end(stack.id, f"[red]{title(stack)}: failed[/red] {reason}")
 
-    def _record_failure(self, stage_id: str, error: str) -> None:
+    def _again(self, stack: Stack, kind: str) -> str:
+        """How a stack that failed is tried again; "" if it is not."""
+        if kind == "out of memory" and len(stack.stages) > 1:
+            half = -(-len(stack.stages) // 2)
+            self.limits |= dict.fromkeys((stage.id for stage in stack.stages), half)
+            self._split()
+            return f"again with {half} seed{'s' * (half > 1)} at a time"
+        for stage in stack.stages:
+            self.crashes[stage.id] = self.crashes.get(stage.id, 0) + 1
+        tried, most = (
+            max(self.crashes[s.id] for s in stack.stages),
+            self.experiment.run.max_failures,
+        )
+        return f"again ({tried} of {most})" if tried <= most else ""
+
+    def _split(self) -> None:
+        before = len(self.plan.stacks)
+        self.plan = cut(self.plan, self.limits)
+        self.display.total += len(self.plan.stacks) - before
+
+    def engine_died(self, error: str) -> None:
+        """Takes back the stacks that were running when the engine ended.
+
+        Whose fault it was is not known. So a death counts against a stack only if it ran alone;
+        otherwise, if it was for memory, stacks are halved, and fewer run at once.
+        """
+        kills, self._oom_kills = self._oom_kills, kernel_oom_kills()
+        kind = classify(error, oom_kills=self._oom_kills - kills)
+        kind = "killed" if kind == "error" else kind
+        stacks = list(self.running.values())
+        self.running.clear()
+        for stack in stacks:
+            alone = len(stacks) == 1
+            halved = kind == "out of memory" and len(stack.stages) > 1
+            again = self._again(stack, kind) if alone or halved else "again with fewer at once"
+            for stage in stack.stages:
+                if not again:
+                    self.failed_stages[stage.id] = f"{kind}: {error}"
+                self._record_failure(stage.id, error, kind)
+                self.ingester.stage(stage.id)
+            self.display.line(f"[yellow]{title(stack)}: {kind}[/yellow]; {again or 'given up'}")
+        self.most_running = max(1, len(stacks) // 2)
+
+    def _record_failure(self, stage_id: str, error: str, kind: str) -> None:
         """A worker that was killed could not say so itself: mark its last runs as failed."""
         last: dict[str, RunRecord] = {}
         path = self.home.spool(stage_id)
@@ -149,11 +216,33 @@ class Queue:
         with Spool(path) as spool:
             spool.append(
                 [
-                    replace(record, status="failed", ended_at=utc_now(), error=error)
+                    with_end(
+                        replace(
+                            record,
+                            status="failed",
+                            ended_at=utc_now(),
+                            error=record.error or error,
+                        ),
+                        kind,
+                    )
                     for record in last.values()
-                    if record.status == "running"
+                    if record.status in ("running", "failed")
                 ]
             )
+
+
+def cut(plan: Plan, limits: Mapping[str, int], failed: Collection[str] = ()) -> Plan:
+    """The plan without failed stages, its stacks cut where they hold more than their limits.
+
+    Args:
+        limits: stage id -> most seeds of a stack that it is in.
+    """
+    stacks: list[Stack] = []
+    for stack in plan.stacks:
+        stages = tuple(stage for stage in stack.stages if stage.id not in failed)
+        most = min((limits.get(stage.id, len(stages)) for stage in stages), default=1)
+        stacks += [replace(stack, stages=tuple(part)) for part in balanced(stages, most)]
+    return replace(plan, stacks=tuple(stacks))
 
 
 def title(stack: Stack) -> str:
@@ -178,20 +267,23 @@ def plan_sweep(
     registry: Registry | None = None,
     retry: tuple[str, ...] = ("failed",),
     register: bool = True,
+    probe: Probe | None = None,
 ) -> Plan:
     """What is left to do, after taking in what earlier drivers left unread.
 
     Args:
         register: put the trials and their datasets into the database; not for a dry run, and
             not again once it was done.
+        probe: what decides `run.max_stack: auto`, and what `preflight.check` goes on with.
     """
     ingester = Ingester(store, home)
-    if register:
+    probe = probe or Probe(experiment.run, registry or Registry())
+    intact = probe.verify(trial.dataset_id for trial in experiment.trials)
+    if register and intact:  # else `preflight.check` tells, with whatever else is wrong
         ingester.register(experiment.trials)
     ingester.leftovers()
-    return make_plan(
-        experiment, store, ArtifactStore(home.artifacts), home.work, registry, retry=retry
-    )
+    artifacts = ArtifactStore(home.artifacts)
+    return make_plan(experiment, store, artifacts, home.work, registry, retry, probe.sizes)
 
 
 def run_sweep(
@@ -203,17 +295,21 @@ def run_sweep(
     registry: Registry | None = None,
     retry: tuple[str, ...] = ("failed",),
     plan: Plan | None = None,
+    probe: Probe | None = None,
 ) -> Summary:
     """Runs what is left of an experiment.
 
-    A wave that ends early (Ray's memory monitor ends a whole `Tuner.fit`) is followed by another,
-    as long as the last one finished something.
+    What ends before its queue does (Ray's memory monitor ends a whole `Tuner.fit`) is followed by
+    another wave, until every trial is done or was tried too often: see `Queue`.
 
     Args:
         display_factory: makes a display for a number of stacks.
         run_queue: runs a queue until it is exhausted.
         retry: statuses besides unfinished ones that are run again.
-        plan: of `plan_sweep` for the same experiment and `retry`, if the caller made it already.
+        plan, probe: of `plan_sweep` for the same experiment and `retry`, if the caller made it
+            already.
+    Raises:
+        PreflightError: if the sweep would fail; nothing was started.
     """
     started = time.monotonic()
     stop_file = home.work / f"stop-{os.getpid()}"
@@ -221,11 +317,16 @@ def run_sweep(
     trained, interrupted = 0, False
     given_up: dict[str, str] = {}
     blocked: dict[str, str] = {}
-    plan = plan or plan_sweep(experiment, store, home, registry, retry)
-    preflight(plan)
+    crashes: dict[str, int] = {}
+    limits: dict[str, int] = {}
+    most_running = 0
+    probe = probe or Probe(experiment.run, registry or Registry())
+    plan = plan or plan_sweep(experiment, store, home, registry, retry, probe=probe)
+    refuse(check(plan, store, home, probe))
     attempts = prepare_attempts(experiment.trials, store, home, plan, retry)
     try:
         while True:
+            whole, plan = plan, cut(plan, limits, given_up)
             if not plan.ready(failed=given_up):
                 break
             with display_factory(len(plan.stacks)) as display:
@@ -238,6 +339,9 @@ def run_sweep(
                     stop_file=stop_file,
                     attempts=attempts,
                     failed_stages=dict(given_up),
+                    crashes=crashes,
+                    limits=limits,
+                    most_running=most_running,
                 )
 
                 def on_interrupt(display: Display = display) -> None:
@@ -247,17 +351,19 @@ def run_sweep(
                         "Ctrl-C again stops now (back to the last checkpoint)"
                     )
 
-                run_queue(queue, on_interrupt)
+                died = _run(run_queue, queue, on_interrupt)
             trained += queue.completed_stacks
             given_up |= queue.failed_stages
-            blocked |= plan.blocked_trials(given_up)
+            blocked |= whole.blocked_trials(given_up) | failed_trials(whole, given_up)
             if stop_file.exists():
                 interrupted = True
                 break
-            if not queue.completed_stacks:
+            if not (queue.completed_stacks or died):
                 break
+            # After progress all may run at once again: a death now and then costs little.
+            most_running = 0 if queue.completed_stacks else queue.most_running
             # Diverged seeds are results: from here on only what never ended is planned again.
-            plan = plan_sweep(experiment, store, home, registry, ("failed",), register=False)
+            plan = plan_sweep(experiment, store, home, registry, ("failed",), False, probe)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -267,29 +373,31 @@ def run_sweep(
     return _summary(experiment, store, trained, seconds, interrupted, blocked)
 
 
-def preflight(plan: Plan) -> None:
-    """Fails now for what would make every worker fail later: data and environments.
+def failed_trials(plan: Plan, failed: Mapping[str, str]) -> dict[str, str]:
+    """Trials whose last stage failed: id -> why."""
+    stages = {stage.id: stage for stack in plan.stacks for stage in stack.stages}
+    return {
+        trial.id: reason
+        for stage_id, reason in failed.items()
+        if stage_id in stages
+        for trial in stages[stage_id].trials
+    }
 
-    Each dataset of the plan is loaded with its transforms, and its evaluation environment is
-    built and reset once.
+
+def _run(run_queue: RunQueue, queue: Queue, on_interrupt: Callable[[], None]) -> bool:
+    """Runs a queue; whether its engine died with stacks that were running.
 
     Raises:
-        DatasetError: naming the dataset and what to do.
+        EngineError: if it died before it ran anything, which another try would not change.
     """
-    checked = set()
-    for stack in plan.stacks:
-        stage = stack.stages[0]
-        key = (stage.dataset_id, content_hash(dict(stage.data)))
-        if key in checked:
-            continue
-        checked.add(key)
-        spec = datasets.load(stage.dataset_id, datasets.DataSpec(**stage.data)).spec
-        env = environments.evaluation_environment(stage.dataset_id).make()
-        try:
-            environments.check_fit(env, spec)
-            env.reset(seed=0)
-        finally:
-            env.close()
+    try:
+        run_queue(queue, on_interrupt)
+    except EngineError as error:
+        if not queue.running:
+            raise
+        queue.engine_died(str(error))
+        return True
+    return False
 
 
 def prepare_attempts(

@@ -35,21 +35,13 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from harness.datasets import DatasetError
-from harness.evaluate import EvaluationError
-from harness.full_disk import DiskFullError
+from harness.failures import NOT_RETRIED, WORKER_DIED, EngineError
 from harness.spec import RunOptions
 from harness.stopping import interruptible
 from harness.worker import Job, Progress, StackBusyError, run_stack
 
 REPORT_EVERY_S = 0.5
 INIT_TRIES = 4  # Ray waits 30 s for its own processes, too little on a busy machine
-NOT_RETRIED = (
-    *(ValueError, TypeError, LookupError, AttributeError, ImportError),
-    *(DatasetError, DiskFullError, EvaluationError),
-)
-"""Errors of data, configuration or code, a full disk, an episode that failed twice: a second try
-would meet them again."""
 
 
 class WorkQueue(Protocol):
@@ -63,11 +55,12 @@ class WorkQueue(Protocol):
 
     def progressed(self, job: Job, progress: Progress) -> None: ...
 
-    def completed(self, job: Job, outcome: str) -> None:
-        """The stack has ended: done, interrupted, diverged, or busy (see `run_stack`)."""
+    def completed(self, job: Job, outcome: str, error: str = "") -> None:
+        """The stack has ended: done, interrupted, diverged, busy (see `run_stack`), or failed with
+        an error that would recur."""
 
     def failed(self, job: Job, error: str) -> None:
-        """The stack failed for good: an error that would recur, or too many crashes."""
+        """The stack's process crashed; the queue may hand it out again."""
 
 
 class _Unsaved:
@@ -116,11 +109,9 @@ class _Listener(_Unsaved, tune.Callback):
             self._queue.progressed(self._jobs[trial.trial_id], Progress(**result["progress"]))
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        job, result = self._jobs[trial.trial_id], trial.last_result
-        if result.get("outcome") == "failed":
-            self._queue.failed(job, result["error"])
-        else:
-            self._queue.completed(job, result.get("outcome", "done"))
+        last = trial.last_result
+        job, outcome = self._jobs[trial.trial_id], last.get("outcome", "done")
+        self._queue.completed(job, outcome, last.get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._queue.failed(self._jobs[trial.trial_id], _error_text(trial))
@@ -131,7 +122,13 @@ def _error_text(trial: Any) -> str:
         if trial.error_file and os.path.exists(trial.error_file):
             with open(trial.error_file, encoding="utf-8") as file:
                 return file.read().strip()[-4000:]
-    return "the worker process died (killed, or out of memory)"
+    return f"{WORKER_DIED} (killed, or out of memory)"
+
+
+def _last_line(error: BaseException) -> str:
+    """What a chain of exceptions says about itself; Tune wraps tracebacks as text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 @functools.cache
@@ -183,7 +180,6 @@ def _train_stack(config: dict[str, Any]) -> None:
     except StackBusyError:
         outcome = "busy"
     except NOT_RETRIED as error:
-        # Tune would run into the same error again, `max_failures` times.
         tune.report({"outcome": "failed", "error": f"{type(error).__name__}: {error}"})
         return
     tune.report({"outcome": outcome})
@@ -233,6 +229,8 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
 
     Args:
         on_interrupt: called on the first Ctrl-C; the second one raises KeyboardInterrupt.
+    Raises:
+        EngineError: if Tune ends by itself, with the stacks that were running.
     """
     jobs: dict[str, Job] = {}
     needed = {"cpu": run.cpus_per_stack, "gpu": run.gpus_per_stack}
@@ -252,12 +250,14 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
             storage_path=scratch,
             verbose=0,
             callbacks=[_Listener(queue, jobs)],
-            failure_config=tune.FailureConfig(max_failures=run.max_failures),
+            failure_config=tune.FailureConfig(max_failures=0),  # the queue decides what is retried
         ),
     )
     try:
         with interruptible(on_interrupt), _quiet_logs():
             tuner.fit()
+    except Exception as error:
+        raise EngineError(f"Ray Tune ended: {_last_line(error)}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from harness.artifacts import ArtifactStore
 from harness.home import Home
-from harness.plan import Stack, balanced, make_plan
+from harness.plan import UNSIZED, Stack, balanced, make_plan
+from harness.preflight import Probe, check, refuse
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
-from harness.sweep import preflight
 from harness.worker import Job, Progress, StackBusyError, run_stack
 from results.store import Store
 
@@ -55,17 +55,18 @@ class Shard:
     def of(self, experiment: Experiment) -> Experiment:
         """The experiment with this share's trials only.
 
-        Seeds that can train together stay together, up to `run.max_stack`. The shares depend on the
-        experiment alone, not on what is done already, so that jobs agree without talking.
+        Seeds that can train together stay together, up to `run.max_stack` (auto: one on a CPU). The
+        shares depend on the experiment alone, not on what is done already nor on this machine, so
+        that jobs agree without talking.
         """
+        run = experiment.run
+        most = run.max_stack if isinstance(run.max_stack, int) else UNSIZED
+        if run.max_stack == "auto" and not (run.gpus_per_stack or run.device.startswith("cuda")):
+            most = 1
         variants: dict[str, list[TrialSpec]] = {}
         for trial in experiment.trials:
             variants.setdefault(trial.variant_id, []).append(trial)
-        groups = [
-            group
-            for trials in variants.values()
-            for group in balanced(trials, experiment.run.max_stack)
-        ]
+        groups = [group for trials in variants.values() for group in balanced(trials, most)]
         mine = [trial for group in groups[self.index :: self.count] for trial in group]
         return replace(experiment, trials=tuple(mine))
 
@@ -98,8 +99,9 @@ def work(
             started.
     """
     artifacts = ArtifactStore(home.artifacts)
-    plan = make_plan(experiment, store, artifacts, home.work, registry)
-    preflight(plan)
+    probe = Probe(experiment.run, registry or Registry())
+    plan = make_plan(experiment, store, artifacts, home.work, registry, sizes=probe.sizes)
+    refuse(check(plan, None, home, probe))
     ids = [trial.id for trial in experiment.trials]
     runs = store.statuses(ids) if store is not None else {}
     attempts = {trial_id: run.attempt for trial_id, run in runs.items()}

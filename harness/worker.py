@@ -115,7 +115,7 @@ def run_stack(
             locks.enter_context(_locked(job.home.stage(stage.id)))
         first = job.stack.stages[0]
         recipe = registry.get(first.algorithm)
-        declared = _declared_stage(recipe, first)
+        declared = declared_stage(recipe, first)
         if isinstance(declared, Make):
             return _run_make(job, declared, report)
         watchdog = Watchdog(job.home.stale(first.id), job.run.stale_after_s)
@@ -190,7 +190,7 @@ def _locked(folder: Path) -> Any:
         ) from error
 
 
-def _declared_stage(recipe: Recipe, stage: Stage) -> Train | Make:
+def declared_stage(recipe: Recipe, stage: Stage) -> Train | Make:
     """The stage as the recipe declares it for this config."""
     if recipe.revision != stage.revision:
         raise ValueError(
@@ -266,7 +266,7 @@ def load_trained(
         ArtifactError: if the stage has no artifact, or it is damaged.
     """
     store = ArtifactStore(home.artifacts)
-    declared = _declared_stage(registry.get(stage.algorithm), stage)
+    declared = declared_stage(registry.get(stage.algorithm), stage)
     if not isinstance(declared, Train):
         raise ValueError(f"stage {stage.name!r} of {stage.algorithm} trains nothing")
     trainer = _new_trainer(store, Stack((stage,)), declared, dataset, device, compiled=False)

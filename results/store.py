@@ -141,6 +141,16 @@ class Store:
                 ).rowcount
         return written
 
+    def check_writable(self) -> None:
+        """Takes the right to write and gives it back; changes nothing.
+
+        Raises:
+            StoreError: if the database cannot be written, with what to do.
+        """
+        nothing = sa.update(schema.trials).values(label=schema.trials.c.label).where(sa.false())
+        with connecting.explain(self._url), self._engine.begin() as connection:
+            connection.execute(nothing)
+
     def _insert(self, kind: type) -> Any:
         table = _TABLES[kind]
         dialect = postgresql if self._engine.dialect.name == "postgresql" else sqlite

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from harness.display import Display
+from harness.failures import NOT_RETRIED
 from harness.home import Home
 from harness.spec import load_experiment
 from harness.sweep import Summary, run_sweep
@@ -31,6 +32,8 @@ def run_inline(queue, on_interrupt) -> None:
             outcome = run_stack(job, lambda progress, job=job: queue.progressed(job, progress))
         except StackBusyError:
             queue.completed(job, "busy")
+        except NOT_RETRIED as error:
+            queue.completed(job, "failed", f"{type(error).__name__}: {error}")
         except Exception as error:
             queue.failed(job, f"{type(error).__name__}: {error}")
         else:

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from harness.datasets.buffers import TransitionDataset, load
     from harness.datasets.cards import card
     from harness.datasets.fetching import download
-    from harness.datasets.minari import RawDataset, digest, load_raw, verify
+    from harness.datasets.minari import RawDataset, digest, load_raw, verify, verify_files
 
 _LAZY = {
     "RawDataset": "minari",
     "digest": "minari",
     "load_raw": "minari",
     "verify": "minari",
+    "verify_files": "minari",
     "TransitionDataset": "buffers",
     "load": "buffers",
     "card": "cards",
@@ -46,6 +47,7 @@ __all__ = [
     "normalized_score",
     "resolve",
     "verify",
+    "verify_files",
 ]
 
 

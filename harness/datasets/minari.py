@@ -159,6 +159,30 @@ def digest(dataset_id: str) -> str:
     return read_folder(path, dataset_id, metadata).digest
 
 
+def verify_files(dataset_id: str) -> None:
+    """The quick part of `verify`: compares the sha256 of each file, if it was ever recorded.
+
+    Raises:
+        DatasetError: naming the file that is missing, new or changed.
+    """
+    dataset_id = resolve(dataset_id).id
+    path = local.folder(dataset_id)
+    record = Record.of(path)
+    if record is not None:
+        _check_files(dataset_id, path, record)
+
+
+def _check_files(dataset_id: str, path: Path, record: Record) -> None:
+    found = file_hashes(path)
+    for name in sorted(found.keys() | record.files.keys()):
+        if name not in found:
+            raise _damaged(dataset_id, path / name, "is missing")
+        if name not in record.files:
+            raise _damaged(dataset_id, path / name, "was not there when it was recorded")
+        if found[name] != record.files[name]["sha256"]:
+            raise _damaged(dataset_id, path / name, "has changed since it was recorded")
+
+
 def verify(dataset_id: str, accept: bool = False) -> None:
     """Reads everything again and compares it with what was recorded.
 
@@ -182,14 +206,7 @@ def verify(dataset_id: str, accept: bool = False) -> None:
         (path / FLAT_FILE).unlink(missing_ok=True)
         Record.forget(path)
     elif record is not None:
-        found = file_hashes(path)
-        for name in sorted(found.keys() | record.files.keys()):
-            if name not in found:
-                raise _damaged(dataset_id, path / name, "is missing")
-            if name not in record.files:
-                raise _damaged(dataset_id, path / name, "was not there when it was recorded")
-            if found[name] != record.files[name]["sha256"]:
-                raise _damaged(dataset_id, path / name, "has changed since it was recorded")
+        _check_files(dataset_id, path, record)
     metadata = local.metadata(dataset_id)
     obs_space, action_space = _spaces(metadata, dataset_id)
     leaves = leaves_of(obs_space, f"{dataset_id}: observation space")
