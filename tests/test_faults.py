@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -188,7 +189,7 @@ def test_clocks_that_differ_by_an_hour_make_nothing_stale_and_hide_no_outcome(
 
     off_by(-1)
     with monkeypatch.context() as patch:
-        patch.setattr(Bandit2D, "step", broken)
+        patch.setattr(Bandit2D, "step", failing())
         summary = inline.sweep(spec, home.root, arguments)
     assert set(summary.statuses.values()) == {"failed"}
     assert status() == {"failed"}, "an end that came two hours 'before' the stop is the last one"
@@ -199,8 +200,19 @@ def test_clocks_that_differ_by_an_hour_make_nothing_stale_and_hide_no_outcome(
     assert not list(home.work.glob("*/stale"))
 
 
-def broken(self, action):
-    raise RuntimeError("the simulator is unwell")
+def failing(times: float = math.inf):
+    """The bandit's `step`, which fails so many times after the one that preflight tries."""
+    step, left = Bandit2D.step, [1, times]
+
+    def unwell(self, action):
+        if left[0]:
+            left[0] -= 1
+        elif left[1]:
+            left[1] -= 1
+            raise RuntimeError("the simulator is unwell")
+        return step(self, action)
+
+    return unwell
 
 
 def test_a_failing_environment_is_counted_and_named_and_never_scored(spec, tmp_path, monkeypatch):
@@ -208,9 +220,8 @@ def test_a_failing_environment_is_counted_and_named_and_never_scored(spec, tmp_p
     arguments = ["steps=100", "evaluation.every=100"]
     assert inline.sweep(spec, whole, arguments).ok
     expected = inline.rows(whole)
-    step = Bandit2D.step
     with monkeypatch.context() as patch:
-        patch.setattr(Bandit2D, "step", broken)
+        patch.setattr(Bandit2D, "step", failing())
         summary = inline.sweep(spec, home, arguments)
     assert set(summary.statuses.values()) == {"failed"}
     for error in summary.errors.values():
@@ -219,15 +230,7 @@ def test_a_failing_environment_is_counted_and_named_and_never_scored(spec, tmp_p
         )
     assert inline.rows(home)["evals"] == []
 
-    left = [2]  # once in each of two episodes
-
-    def unwell(self, action):
-        if left[0]:
-            left[0] -= 1
-            raise RuntimeError("the simulator is unwell")
-        return step(self, action)
-
-    monkeypatch.setattr(Bandit2D, "step", unwell)
+    monkeypatch.setattr(Bandit2D, "step", failing(2))  # once in each of two episodes
     assert inline.sweep(spec, home, arguments).ok
     rows = inline.rows(home)
     counted = [row for row in rows["metrics"] if row[2] == "evaluation_retries"]
