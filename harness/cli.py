@@ -112,12 +112,21 @@ def _open_to_read(home: str | None, db: str | None, spec: Path | None) -> tuple[
     found = Home.find(home)
     if db is not None and db.endswith(".parquet"):
         return found, archive.open_archive(Path(db))
-    shipped = archive.shipped()
-    if spec is None and shipped and not found.has_database(db):
-        names = ", ".join(path.parent.name for path in shipped)
+    shipped = _shipped(found, db, spec)
+    return (found, archive.open_archive(*shipped)) if shipped else _open(home, db)
+
+
+def _shipped(home: Home, db: str | None, spec: Path | None) -> list[Path]:
+    """Archives to show in place of a database that is not there yet; says that it does so."""
+    from results import archive
+
+    if spec is not None or (db is not None and db.endswith(".parquet")) or home.has_database(db):
+        return []
+    found = archive.shipped()
+    if found:
+        names = ", ".join(path.parent.name for path in found)
         errors.print(f"no results database yet: these rows came with the package ({names})")
-        return found, archive.open_archive(*shipped)
-    return _open(home, db)
+    return found
 
 
 def _trial_ids(spec: Path | None, overrides: list[str] | None) -> list[str] | None:
@@ -749,6 +758,17 @@ def leaderboard(
     db: DatabaseOption = None,
 ) -> None:
     """Methods ranked by IQM with 95 % intervals over seeds."""
+    from harness.home import Home
+    from results import archive
+
+    if html is None and output_format == "rich":
+        shipped = _shipped(Home.find(home), db, spec)
+        for path in shipped:  # studies of their own: other tasks, other protocols
+            console.rule(path.parent.name)
+            with archive.open_archive(path) as store:
+                _leaderboard(store, None, select, output_format, seed, interval)
+        if shipped:
+            return
     _, store = _open_to_read(home, db, spec)
     with store:
         ids = _trial_ids(spec, overrides)
@@ -1119,6 +1139,8 @@ def modes(
 
 def _print_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> None:
     table = Table(*header)
+    for column in table.columns:
+        column.overflow = "fold"
     for row in body:
         table.add_row(*row)
     console.print(table)

@@ -70,5 +70,11 @@ def test_the_leaderboard_of_an_empty_home_shows_what_is_shipped(tmp_path):
     shipped = archive.shipped()
     assert shipped
     assert shipped[0].parent.name in found.stderr
+    rich = subprocess.run(
+        [*command[:-2], "--home", str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    for path in shipped:  # one leaderboard each: they share neither tasks nor protocol
+        assert f" {path.parent.name} " in rich.stdout
+    assert "Not aggregated" not in rich.stdout
     with archive.open_archive(*shipped) as store:
         assert shown == json.loads(leaderboard.build(store).render("json"))
