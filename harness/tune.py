@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 # Read by ray when it is imported.
@@ -185,6 +186,17 @@ def _train_stack(config: dict[str, Any]) -> None:
     tune.report({"outcome": outcome})
 
 
+def _code_folder() -> str:
+    """The working folder that Ray is started in.
+
+    Ray puts it in front of what its workers import from, where a folder `harness` of somebody's
+    project would be taken for ours. A checkout is its own; for an installed package, which workers
+    find as the driver did, any folder without code does.
+    """
+    root = Path(__file__).resolve().parents[1]
+    return str(root if (root / "pyproject.toml").is_file() else os.sep)
+
+
 @contextlib.contextmanager
 def cluster() -> Iterator[None]:
     """A connection to the cluster of `RAY_ADDRESS`, or a local one that ends with the block."""
@@ -198,9 +210,12 @@ def cluster() -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         options.pop("include_dashboard")
     address = os.environ.get("RAY_ADDRESS")
+    folder = _code_folder()
+    if relative := os.environ.get("MINARI_DATASETS_PATH"):
+        os.environ["MINARI_DATASETS_PATH"] = os.path.abspath(os.path.expanduser(relative))
     for attempt in range(1, INIT_TRIES + 1):
         try:
-            with _quiet_logs():
+            with _quiet_logs(), contextlib.chdir(folder):
                 ray.init(**options)
             break
         except Exception as error:

@@ -137,3 +137,24 @@ def test_a_sweep_through_ray_ends_in_the_database(spec, tmp_path):
     assert done.returncode == cli.OK, done.stdout + done.stderr
     inline.sweep(spec, tmp_path / "inline")
     assert inline.rows(tmp_path / "ray") == inline.rows(tmp_path / "inline")
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_the_installed_code_wherever_it_is_started(spec, tmp_path):
+    """A project's own `harness` folder in the working folder is nobody's business."""
+    decoy = tmp_path / "project" / "harness"
+    decoy.mkdir(parents=True)
+    (decoy / "__init__.py").write_text("raise ImportError('the decoy was imported')\n")
+    start = f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); from harness.cli import main; "
+    start += "sys.path.pop(0); main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", start, "sweep", str(spec), "seeds=0", "--json"],
+        cwd=decoy.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        check=False,
+    )
+    assert done.returncode == cli.OK, done.stdout + done.stderr
+    assert json.loads(done.stdout)["counts"] == {"done": 1}
