@@ -318,7 +318,8 @@ def memory(plan: Plan, probe: Probe, capacity: Capacity) -> list[Check]:
     What is measured is an upper bound (compiled steps need less), and a stack that runs out of
     memory is tried again with half of its seeds: only what one seed cannot do without is refused.
     """
-    run, found = plan.experiment.run, []
+    run = plan.experiment.run
+    found: dict[str, Check] = {}  # by text: seeds of one stage need the same
     sizes = [stack_bytes(stack, run, probe, capacity) for stack in plan.stacks]
     known = sorted((size for size in sizes if size), reverse=True)
     if capacity.each is None:
@@ -326,16 +327,16 @@ def memory(plan: Plan, probe: Probe, capacity: Capacity) -> list[Check]:
     if not known:
         return [Check("memory", "note", "not estimated: no learner can be tried on its own")]
     room = capacity.each * (capacity.slots if capacity.device == "cpu" else 1)
-    for stage in {_data_key(s.stages[0]): s.stages[0] for s in plan.stacks}.values():
+    for stage in (stack.stages[0] for stack in plan.stacks):
         cost = probe.cost(stage)
         if cost and cost.least(capacity.device) > room:
             text = (
                 f"one seed of {stage.algorithm} ({stage.name}) on {stage.dataset_id} needs "
                 f"{gib(cost.least(capacity.device))}, {gib(room)} are there: use a larger machine"
             )
-            found.append(Check("memory", "bad", text))
+            found[text] = Check("memory", "bad", text)
     if found:
-        return found
+        return list(found.values())
     together = sum(known[: capacity.slots]) if capacity.device == "cpu" else known[0]
     text = f"at most {gib(known[0])} per stack, {gib(together)} at once, {gib(room)} there"
     if together > room:
