@@ -261,10 +261,11 @@ def settings_differing(
     if known is None:
         return None
     ours = {**trial["config"], **{f"data.{key}": value for key, value in trial["data"].items()}}
+    compared = known.keys() | {key for key in ours if key.startswith("data.")}
     return [
-        f"{key} {ours.get(key)} instead of {value}"
-        for key, value in sorted(known.items())
-        if key != "steps" and ours.get(key) != value
+        f"{key} {ours.get(key)} instead of {known.get(key)}"
+        for key in sorted(compared - {"steps"})
+        if ours.get(key) != known.get(key)
     ]
 
 

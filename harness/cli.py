@@ -921,7 +921,7 @@ def _published_settings(
 ) -> dict[str, Any] | None:
     """Settings of the algorithm's table for a dataset, flat; None where it is not registered."""
     from harness.registry import Registry, UnknownAlgorithmError, hparams_for
-    from harness.spec import data_spec_class
+    from harness.spec import data_spec_class, data_to_dict
     from harness.typed import config_from_dict, config_to_dict
 
     try:
@@ -930,7 +930,7 @@ def _published_settings(
         return None
     found = hparams_for(recipe, names, preset)
     config = config_to_dict(config_from_dict(recipe.config, found.config, algorithm))
-    data = config_to_dict(data_spec_class()(**found.data))
+    data = data_to_dict(data_spec_class()(**found.data))
     return {**config, **{f"data.{name}": value for name, value in data.items()}}
 
 
@@ -1083,8 +1083,7 @@ def ring(
     built = report.build(file, seed)
     paths = report.write(built, out)
     if as_json:
-        numbers = json.loads(built.numbers.to_json(orient="records"))
-        print(json.dumps({"numbers": numbers, "files": [str(path) for path in paths]}))
+        _print_numbers(built.numbers, paths)
         return
     _print_table(*report.rows(built))
     _print_paths(paths)
@@ -1128,8 +1127,7 @@ def modes(
         built = report.build(store, _trial_ids(spec, overrides), count, seed)
     paths = report.write(built, out)
     if as_json:
-        numbers = json.loads(built.numbers.to_json(orient="records"))
-        print(json.dumps({"numbers": numbers, "files": [str(path) for path in paths]}))
+        _print_numbers(built.numbers, paths)
         return
     _print_table(*report.rows(built))
     for note in built.notes:
@@ -1144,6 +1142,11 @@ def _print_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> None:
     for row in body:
         table.add_row(*row)
     console.print(table)
+
+
+def _print_numbers(numbers: Any, paths: Iterable[Path]) -> None:
+    records = json.loads(numbers.to_json(orient="records"))
+    print(json.dumps({"numbers": records, "files": [str(path) for path in paths]}))
 
 
 def _print_paths(paths: Iterable[Path]) -> None:

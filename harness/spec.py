@@ -281,6 +281,17 @@ def data_spec_class() -> type:
     return DataSpec
 
 
+def data_to_dict(data: Any) -> dict[str, Any]:
+    """The transforms as a trial's identity holds them.
+
+    Without `held_out` where nothing is: it is younger than many a run, whose ids stay as they were.
+    """
+    values = config_to_dict(data)
+    if not values["held_out"]:
+        del values["held_out"]
+    return values
+
+
 # ----------------------------------------------------------------------------------------- seeds
 
 
@@ -880,9 +891,6 @@ class _Resolver:
         resolved = config_from_dict(recipe.config, config, at(where, "config"))
         if resolved.steps < 1:
             raise SpecError(f"{where}: steps is {resolved.steps}; expected at least 1")
-        transforms = config_to_dict(config_from_dict(data_spec_class(), data, at(where, "data")))
-        if not transforms["held_out"]:
-            del transforms["held_out"]  # younger than many a run: without it, ids stay as they were
         protocol["environment"] = dataset.environment
         protocol["simulator"] = dataset.simulator
         trial = TrialSpec(
@@ -890,7 +898,7 @@ class _Resolver:
             revision=recipe.revision,
             dataset_id=dataset.entry.id,
             dataset_digest=dataset.digest,
-            data=transforms,
+            data=data_to_dict(config_from_dict(data_spec_class(), data, at(where, "data"))),
             config=config_to_dict(resolved),
             seed=seed,
             evaluation=config_from_dict(EvaluationSpec, protocol, at(where, "evaluation")),

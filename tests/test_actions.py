@@ -87,6 +87,9 @@ def test_no_held_out_data_leaves_identities_as_they_were(spec):
     assert "held_out" not in trial.data
     assert trial.id == load_experiment(spec, []).trials[0].id
     assert load_experiment(spec, ["data.held_out=0.1"]).trials[0].id != trial.id
+    settings = cli._published_settings(trial.algorithm, "", (trial.dataset_id,))
+    asked = {name.removeprefix("data.") for name in settings if name.startswith("data.")}
+    assert asked == set(trial.data), "or every run would have other settings than published"
 
 
 def test_a_policy_with_a_density_says_how_likely_its_draws_and_the_datas_actions_are(

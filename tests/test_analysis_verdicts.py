@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,3 +322,15 @@ def test_printed_steps_are_those_of_our_tables():
             assert known["steps"] == score.steps, score
             checked += 1
     assert checked > 300
+
+
+def test_data_kept_from_the_learner_is_a_setting_that_was_not_published():
+    known = {"lr": 3e-4, "data.reward": "none", "steps": 100}
+    trial = {"algorithm": "a", "dataset_id": "d-v0", "config": {"lr": 3e-4, "steps": 5}}
+    published = SimpleNamespace(dataset="d", preset="")
+    differing = lambda data: verdicts.settings_differing(  # noqa: E731
+        {**trial, "data": data}, published, lambda *asked: known
+    )
+    assert differing({"reward": "none"}) == []
+    found = differing({"reward": "none", "held_out": 0.1})
+    assert found == ["data.held_out 0.1 instead of None"]
