@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from analysis import drawn
 from analysis.plots import figure_style, save_figure, write_caption
 from analysis.stats import MIN_SEEDS, Estimate, mean_interval
 from analysis.tables import markdown_table
@@ -116,18 +117,8 @@ def build(path: Path, seed: int = 0) -> Report:
 
 def load(path: Path) -> pd.DataFrame:
     """The table that `harness actions` wrote, in the order of the panels."""
-    import pandas as pd
-
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; `harness actions` writes it")
-    try:
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
     needed = ["trial_id", "label", "dataset_id", "seed", "draw", "unclamped_0", "unclamped_1"]
-    missing = [name for name in needed if name not in frame]
-    if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}; `harness actions` writes it")
+    frame = drawn.read(path, needed)
     others = sorted(set(frame.dataset_id[~frame.dataset_id.str.contains("bandit2d")]))
     if others or "unclamped_2" in frame:
         what = f"dataset {others[0]!r}" if others else "more than two action dimensions"

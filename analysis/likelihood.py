@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis import drawn
 from analysis.stats import MIN_SEEDS, Estimate, mean_interval
 
 if TYPE_CHECKING:
@@ -49,13 +50,8 @@ def build(path: Path, seed: int = 0) -> Report:
     import pandas as pd
     from pyarrow import parquet
 
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; `harness actions` writes it")
-    try:
-        about = json.loads((parquet.read_schema(path).metadata or {}).get(b"harness", b"{}"))
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
+    frame = drawn.read(path)
+    about = json.loads((parquet.read_schema(path).metadata or {}).get(b"harness", b"{}"))
     if not {"label", "dataset_id", "seed", "row"} <= set(frame):
         raise ValueError(f"{path} is not a file of actions; `harness actions` writes one")
     if "data_log_density" not in frame:

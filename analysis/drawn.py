@@ -1,0 +1,33 @@
+"""Files that `harness actions` wrote, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def read(path: Path, needed: Iterable[str] = ()) -> pd.DataFrame:
+    """The table of a file of actions.
+
+    Args:
+        needed: columns that must be there.
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a parquet file, or lacks a column.
+    """
+    import pandas as pd
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; `harness actions` writes it")
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a parquet file: {error}") from error
+    missing = [name for name in needed if name not in frame]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}; `harness actions` writes it")
+    return frame
