@@ -7,13 +7,14 @@ that writes it. Verdicts and the leaderboard are those of `verdicts` and `leader
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analysis import claims as claims_of
 from analysis import leaderboard, plots, verdicts
 from analysis.tables import markdown_table
 from results.store import Store
@@ -44,6 +45,7 @@ def write(
     trial_ids: Iterable[str],
     request: Request,
     settings: verdicts.Settings | None = None,
+    claims: Sequence[claims_of.Claim] = (),
     select: str = "last",
     margin: float = verdicts.MARGIN,
     seed: int = 0,
@@ -53,6 +55,7 @@ def write(
     Args:
         trial_ids: of the experiment, whether they ran or not.
         settings: where published settings come from; see `verdicts.reproduce`.
+        claims: what the experiment is to show.
         select: the evaluation that counts in leaderboard and figures.
         seed: of the bootstrap.
     """
@@ -68,6 +71,11 @@ def write(
             parts.append(verdicts.markdown(replace(report, notes=())))
         else:
             parts += ["## Printed numbers and ours", "No printed number is about these trials."]
+        if claims:
+            built = claims_of.build(store, claims, ids, select)
+            parts.append(claims_of.markdown(replace(built, notes=())))
+            drawn = claims_of.write(built, out / "claims")
+            parts += _figures([path for path in drawn if path.suffix == ".png"], out)
         parts.append(leaderboard.build(store, ids, select, seed).render("markdown"))
         figures = plots.write_figures(store, out / "figures", ids, select=select, seed=seed)
         parts += ["## Figures", *_figures(figures, out)]

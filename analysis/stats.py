@@ -250,6 +250,17 @@ def _standard_error(influences: list[np.ndarray]) -> tuple[float, float]:
     return float(np.sqrt(total)), float(total**2 / (variances**2 / (counts - 1)).sum())
 
 
+def mean_error(scores: ScoreLists) -> tuple[float, float]:
+    """Standard error of the mean over tasks, and its degrees of freedom (Welch, Satterthwaite).
+
+    Args:
+        scores: one list of seeds for each task, at least two in each.
+    """
+    counts = [len(values) for values in scores]
+    flat = np.concatenate([np.asarray(values, dtype=np.float64) for values in scores])
+    return _standard_error(_influences(_mean, flat, counts))
+
+
 def t_quantile(probability: float, freedom: float) -> float:
     """Student's t quantile; `freedom` need not be a whole number."""
     from scipy.special import stdtrit

@@ -899,7 +899,9 @@ def _reproduce(
     ids = [trial.id for trial in experiment.trials]
     _, store = _open(home, db)
     with store:
-        path = reproduction.write(store, folder, ids, request, _published_settings, margin=margin)
+        path = reproduction.write(
+            store, folder, ids, request, _published_settings, experiment.claims, margin=margin
+        )
     console.print(f"report: {path}", highlight=False, soft_wrap=True)
     if failure:
         raise failure
@@ -1029,6 +1031,40 @@ def table(
     with store:
         made = dataset_tables.make(store, _trial_ids(spec, overrides), select, seed)
     print(dataset_tables.render(made, output_format))
+
+
+@app.command()
+def claims(
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
+    select: SelectOption = "last",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of page, numbers and figure [<home>/claims/<name>].")
+    ] = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Whether what an experiment claims does show: differences by seed, with verdicts."""
+    from analysis import claims as report
+    from harness.spec import claims_of
+
+    found, store = _open_to_read(home, db, spec)
+    # All rows of an archive are one experiment's, and its data need not be here.
+    ids = None if db is not None and db.endswith(".parquet") else _trial_ids(spec, overrides)
+    with store:
+        built = report.build(store, claims_of(spec, overrides or []), ids, select)
+    paths = report.write(built, out or found.root / "claims" / spec.stem)
+    if as_json:
+        print(json.dumps({"claims": report.records(built), "files": [str(path) for path in paths]}))
+        return
+    for title, body in report.tables(built):
+        console.print(title, style="bold", highlight=False)
+        _print_table(report.HEADER[1:], body)
+    console.print(report.caption(built), style="dim", highlight=False)
+    for note in built.notes:
+        console.print(f"! {escape(note)}", style="yellow", highlight=False)
+    _print_paths(paths)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -70,6 +70,7 @@ _TOP_KEYS = (
     "evaluation",
     "cases",
     "run",
+    "claims",
 )
 _BLOCK_KEYS = ("algorithm", "preset", "config", "data", "steps", "precision")
 _CASE_KEYS = ("algorithm", "dataset", "config", "data", "steps", "precision", "evaluation")
@@ -263,6 +264,24 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """What an experiment is to show: that one of its methods is above another.
+
+    Attributes:
+        better, than: labels of algorithms.
+        text: the claim in words; by default "<better> is above <than>".
+        margin: the difference exceeds so many points; negative: "not worse by more than".
+        datasets: glob over dataset ids.
+    """
+
+    better: str
+    than: str
+    text: str = ""
+    margin: float = 0.0
+    datasets: str = "*"
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything an experiment file asks for."""
 
@@ -272,6 +291,7 @@ class Experiment:
     source: Mapping[str, Any]  # the file with the overrides in it
     origins: tuple[Origin, ...] = ()
     description: str = ""
+    claims: tuple[Claim, ...] = ()
 
 
 def data_spec_class() -> type:
@@ -507,12 +527,14 @@ class _Document:
             content["algorithms"] = _algorithm_blocks(
                 content["algorithms"], f"{self.file}algorithms"
             )
+        self.labels = set(content.get("algorithms") or {})  # those of the file
         self.last: dict[str, Any] = {}  # what the command line says about settings
         self.from_command_line: set[str] = set()
         for text in overrides:
             parts, value = _parse_override(text)
             self._override(content, parts, value, text)
         self.content = _resolved(content, path.name)
+        self.labels |= set(self.content.get("algorithms") or {})
         self.last = _resolved(self.last, COMMAND_LINE.rstrip(": "))
 
     def _override(self, content: dict[str, Any], parts: list[str], value: Any, text: str) -> None:
@@ -583,6 +605,48 @@ class _Document:
                 globs[key] = convert(str, case.get(key, "*"), at(where, key))
             cases.append(_Case(_layer(case, where, where), **globs))
         return cases
+
+    def claims(self, dataset_ids: Collection[str] | None = None) -> tuple[Claim, ...]:
+        """The claims about what is selected; names nobody has are refused.
+
+        Args:
+            dataset_ids: of the experiment; None to leave globs unchecked.
+        """
+        entries = self.content.get("claims") or []
+        place = self.place("claims")
+        if not isinstance(entries, list):
+            raise SpecError(f"{place}: expected a list of claims")
+        found = []
+        for index, entry in enumerate(entries):
+            where = f"{place}[{index}]"
+            entry = expect_mapping(entry, where)
+            for key in ("better", "than"):
+                if key not in entry:
+                    raise SpecError(f"{at(where, key)} is missing; a claim needs it")
+            claim = config_from_dict(Claim, entry, where)
+            for key in ("better", "than"):
+                label = getattr(claim, key)
+                if label not in self.labels:
+                    raise SpecError(
+                        f"{at(where, key)}: the experiment has no algorithm {label!r}. "
+                        f"{suggest(label, self.labels, 'It has')}"
+                    )
+            if claim.better == claim.than:
+                raise SpecError(f"{at(where, 'than')}: a method is not above itself")
+            if not {claim.better, claim.than} <= set(self.content.get("algorithms") or {}):
+                continue  # the command line selected others
+            if dataset_ids is not None and not any(
+                fnmatchcase(dataset_id, claim.datasets) for dataset_id in dataset_ids
+            ):
+                if "datasets" in self.from_command_line:
+                    continue
+                raise SpecError(
+                    f"{at(where, 'datasets')}: {claim.datasets!r} matches none of "
+                    f"{', '.join(sorted(dataset_ids))}"
+                )
+            text = claim.text or f"{claim.better} is above {claim.than}"
+            found.append(dataclasses.replace(claim, text=text))
+        return tuple(found)
 
     def command_line_layers(self, label: str) -> list[_Layer]:
         general = _layer(self.last, COMMAND_LINE, COMMAND_LINE)
@@ -677,6 +741,20 @@ def dataset_names(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     return [name for name in names if isinstance(name, str)]
 
 
+def claims_of(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[Claim, ...]:
+    """What an experiment claims; no dataset needs to be stored.
+
+    Raises:
+        SpecError: if the file cannot be read, or a claim is not valid.
+    """
+    try:
+        return _Document(Path(path), overrides).claims()
+    except SpecError:
+        raise
+    except FieldError as error:
+        raise SpecError(str(error)) from error
+
+
 class _Resolver:
     """Turns a document into trials."""
 
@@ -719,7 +797,12 @@ class _Resolver:
                     )
                 origins.append(origin)
                 trials.extend(dataclasses.replace(first, seed=seed) for seed in seeds)
-        return Experiment(name, tuple(trials), run, document.content, tuple(origins), description)
+        claims = document.claims({trial.dataset_id for trial in trials})
+        # Those about what was selected: the source is to be a file that can be run again.
+        source = {**document.content, "claims": [dataclasses.asdict(claim) for claim in claims]}
+        if not claims:
+            del source["claims"]
+        return Experiment(name, tuple(trials), run, source, tuple(origins), description, claims)
 
     def _run_options(self) -> RunOptions:
         place = self.document.place("run")
