@@ -374,7 +374,7 @@ def figure(report: Report) -> Figure:
     for group in groups.values():
         place -= 1
         text = f"{group[0].claim.better} over {group[0].claim.than}"
-        axis.text(0.0, place, text, transform=axis.get_yaxis_transform(), fontsize="x-small",
+        axis.text(0.01, place, text, transform=axis.get_yaxis_transform(), fontsize="x-small",
                   weight="bold", va="center")  # fmt: skip
         for finding in group:
             place -= 1
