@@ -1,21 +1,26 @@
 """Generated data against the strength of guidance: dynamics error and likelihood under the policy.
 
 Reads what `harness synthetic --coefs 0,0.3,1,3` wrote. A strength has a curve over the seeds; data
-that know no strength (a world model's) are a level beside it. Owns numbers and picture, no verdict.
+that know no strength (a world model's) are a level beside it. What guidance does, and how its data
+are beside a level, is told seed by seed with the intervals and verdicts of `claims`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from analysis.claims import Judgement, judge
 from analysis.plots import figure_style, palette, save_figure, write_caption
 from analysis.stats import MIN_SEEDS, mean_interval
+from analysis.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +35,30 @@ PANELS = {
 }
 """Measured quantity -> its heading."""
 LATE = 0.75  # the last quarter of the horizon, where errors that compound show
+
+
+LIKELIER = "policy likelier (nats per action)"
+LESS_ERROR = "less dynamics error, last quarter (ratio)"
+HEADER = ("claim", "dataset", "data", "strength", "beside", "seeds", "found", "verdict")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Generated data beside other generated data of the same seeds.
+
+    Attributes:
+        beside: label of a level, or "" for the same learner without guidance.
+        judgement: of differences of log density in nats; of errors, of their natural logarithms,
+            the other's less ours.
+    """
+
+    claim: str
+    dataset_id: str
+    label: str
+    coef: float
+    beside: str
+    seeds: int
+    judgement: Judgement
 
 
 @dataclass(frozen=True)
@@ -134,9 +163,91 @@ def _draw(axis: Any, rows: pd.DataFrame, colour: Any) -> Any:
     return line
 
 
-def write(report: Report, out: Path) -> list[Path]:
-    """Paths of the numbers and of the figure with its source beside it."""
+def compare(report: Report, levels: Mapping[str, str] | None = None) -> list[Comparison]:
+    """Whether guided data are likelier under the policy, and err less than a level's.
+
+    Args:
+        levels: label with strengths -> label of the level that it is compared with.
+    Raises:
+        ValueError: for a label that is not in the file, or is not of that kind.
+    """
+    strengths = {"a strength": report.trials.coef.notna(), "no strength": report.trials.coef.isna()}
+    for pair in (levels or {}).items():
+        for label, (kind, rows) in zip(pair, strengths.items(), strict=True):
+            if label not in (known := sorted(report.trials[rows].label.unique())):
+                raise ValueError(
+                    f"{label!r} has no data with {kind} here; expected one of {', '.join(known)}"
+                )
+    return list(_comparisons(report.trials, levels or {}))
+
+
+def _comparisons(trials: pd.DataFrame, levels: Mapping[str, str]) -> Iterator[Comparison]:
+    guided = trials[trials.coef > 0].groupby(["dataset_id", "label", "coef"])
+    for (dataset_id, label, coef), rows in guided:
+        of_dataset = trials[trials.dataset_id == dataset_id]
+        without = of_dataset[(of_dataset.label == label) & (of_dataset.coef == 0)]
+        found = [(LIKELIER, "", without)]
+        if label in levels:
+            level = of_dataset[of_dataset.label == levels[label]]
+            found += [(claim, levels[label], level) for claim in (LESS_ERROR, LIKELIER)]
+        for claim, beside, others in found:
+            differences = _differences(rows, others, claim)
+            yield Comparison(
+                *(claim, dataset_id, label, coef, beside, len(differences)), judge([differences])
+            )
+
+
+def _differences(ours: pd.DataFrame, theirs: pd.DataFrame, claim: str) -> list[float]:
+    """By seed, positive where the claim holds."""
+    name = "late_error" if claim == LESS_ERROR else "log_density"
+    both = ours.merge(theirs, on="seed", suffixes=("", "_other")).dropna(
+        subset=[name, f"{name}_other"]
+    )
+    if claim == LESS_ERROR:
+        return [math.log(b / a) for a, b in zip(both[name], both[f"{name}_other"], strict=True)]
+    return (both[name] - both[f"{name}_other"]).tolist()
+
+
+def rows(comparisons: Iterable[Comparison]) -> list[list[str]]:
+    """A row of text for each, under `HEADER`, ordered by claim."""
+    ordered = sorted(comparisons, key=lambda c: (c.claim, c.beside, c.dataset_id, c.label, c.coef))
+    return [
+        [
+            *(c.claim, c.dataset_id, c.label, f"{c.coef:g}", c.beside or "no guidance"),
+            *(str(c.seeds), _found(c), c.judgement.verdict),
+        ]
+        for c in ordered
+    ]
+
+
+def _found(comparison: Comparison) -> str:
+    difference = comparison.judgement.difference
+    if difference is None:
+        return "–"
+    values = [difference.value, difference.low, difference.high]
+    if comparison.claim == LESS_ERROR:
+        values = [None if value is None else math.exp(value) for value in values]
+    sign = "" if comparison.claim == LESS_ERROR else "+"
+    value, low, high = (None if number is None else f"{number:{sign}.3g}" for number in values)
+    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+
+
+def markdown(report: Report, comparisons: Sequence[Comparison]) -> str:
+    """The table, and how to read it."""
+    caption = (
+        "Differences seed by seed with 95 % t intervals; holds: the interval is above 0 (above 1 "
+        "for ratios, which are the other's error over ours, means of logarithms). Not corrected "
+        f"for their number ({len(comparisons)}). File sha256 {report.digest}."
+    )
+    table = markdown_table(list(HEADER), rows(comparisons))
+    return "\n\n".join(("# Generated data", table, caption)) + "\n"
+
+
+def write(report: Report, out: Path, comparisons: Sequence[Comparison] = ()) -> list[Path]:
+    """Paths of the numbers, the page, and of the figure with its source beside it."""
     out.mkdir(parents=True, exist_ok=True)
+    page = out / "guidance.md"
+    page.write_text(markdown(report, comparisons), encoding="utf-8")
     tables = {"guidance.csv": report.means, "guidance_trials.csv": report.trials}
     for name, table in tables.items():
         table.to_csv(out / name, index=False, lineterminator="\n")
@@ -145,6 +256,7 @@ def write(report: Report, out: Path) -> list[Path]:
         "numbers": json.loads(report.means.to_json(orient="records")),
     }
     return [
+        page,
         *(out / name for name in tables),
         *save_figure(figure(report), out / "guidance", source),
     ]

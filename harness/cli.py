@@ -1093,16 +1093,29 @@ def bandit(
 @app.command()
 def guidance(
     file: Annotated[Path, typer.Argument(help="What `harness synthetic` wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder of numbers and figure.")] = Path("guidance"),
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="GUIDED=LEVEL: labels to compare, such as guided data and a model's."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of page, numbers and figure.")] = Path(
+        "guidance"
+    ),
     as_json: JsonOption = False,
 ) -> None:
-    """Draw errors and likelihood of generated data against the strength of guidance."""
+    """Judge and draw generated data by strength of guidance: errors, likelihood."""
     from analysis import guidance as report
 
-    paths = report.write(report.read(file), out)
+    pairs = [tuple(pair.partition("=")[::2]) for pair in beside or []]
+    if wrong := [pair for pair, parts in zip(beside or [], pairs, strict=True) if not all(parts)]:
+        raise ValueError(f"--beside {wrong[0]!r} is not a pair; expected GUIDED=LEVEL")
+    built = report.read(file)
+    comparisons = report.compare(built, dict(pairs))
+    paths = report.write(built, out, comparisons)
     if as_json:
-        print(json.dumps({"files": [str(path) for path in paths]}))
+        found = [dict(zip(report.HEADER, row, strict=True)) for row in report.rows(comparisons)]
+        print(json.dumps({"comparisons": found, "files": [str(path) for path in paths]}))
         return
+    _print_table(report.HEADER, report.rows(comparisons))
     _print_paths(paths)
 
 

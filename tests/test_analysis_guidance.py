@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from analysis import guidance
+from harness import cli
 
 
 @pytest.fixture
@@ -65,6 +67,37 @@ def test_the_figure_comes_with_its_numbers(file, tmp_path):
     drawn = guidance.figure(report)
     assert len(drawn.axes) == 5
     assert {text.get_text() for text in drawn.legends[0].get_texts()} == {"guided", "model"}
+
+
+def test_guided_data_are_compared_seed_by_seed(file):
+    report = guidance.read(file)
+    found = {(c.claim, c.beside): c for c in guidance.compare(report, {"guided": "model"})}
+    assert len(found) == 3
+    likelier = found[guidance.LIKELIER, ""]
+    assert likelier.judgement.difference.value == pytest.approx(1.0)
+    assert (likelier.seeds, likelier.judgement.verdict) == (4, "holds")
+    # Of the last quarter: 0.1 * 4 * 2 of the level, the same at strength 1.
+    less = found[guidance.LESS_ERROR, "model"]
+    assert less.judgement.difference.value == pytest.approx(0.0)
+    assert less.judgement.verdict == "open"
+    assert found[guidance.LIKELIER, "model"].judgement.verdict == "holds"
+    (row,) = (row for row in guidance.rows(found.values()) if row[0] == guidance.LESS_ERROR)
+    assert row[3:] == ["1", "model", "4", "1 [1, 1]", "open"]
+
+
+@pytest.mark.parametrize("pair", [{"model": "guided"}, {"guided": "nobody"}])
+def test_labels_of_another_kind_are_refused(file, pair):
+    with pytest.raises(ValueError, match="expected one of"):
+        guidance.compare(guidance.read(file), pair)
+
+
+def test_the_command_needs_pairs_and_prints_the_comparisons(file, tmp_path):
+    arguments = ["guidance", str(file), "--out", str(tmp_path / "out"), "--beside"]
+    shown = CliRunner().invoke(cli.app, [*arguments, "guided=model", "--json"])
+    assert len(json.loads(shown.stdout)["comparisons"]) == 3
+    assert "guided" in (tmp_path / "out" / "guidance.md").read_text()
+    wrong = CliRunner().invoke(cli.app, [*arguments, "guided"])
+    assert "expected GUIDED=LEVEL" in str(wrong.exception)
 
 
 def test_another_table_is_refused(tmp_path):
