@@ -130,7 +130,9 @@ def compare(
     high = list(low)
     if len(draws) == len(methods):
         tails = [50 * (1 - confidence), 50 * (1 + confidence)]
-        bounds = np.percentile(_ranks(sign * np.stack(draws, axis=1)), tails, axis=0)
+        # No interpolation: bounds are ranks that occur.
+        ranks_drawn = _ranks(sign * np.stack(draws, axis=1))
+        bounds = np.percentile(ranks_drawn, tails, axis=0, method="inverted_cdf")
         low, high = bounds[0].tolist(), bounds[1].tolist()
     order = sorted(range(len(methods)), key=lambda index: (places[index], methods[index]))
     names = [methods[index] for index in order]

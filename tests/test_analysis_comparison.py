@@ -120,6 +120,14 @@ def test_ranks_by_the_optimality_gap_are_best_when_small():
     assert found.ranks[0].method == "top"
 
 
+def test_bounds_of_ranks_are_ranks_that_occur():
+    rng = np.random.default_rng(1)
+    table = {name: {"a": rng.normal(0.01 * i, 1, 5).tolist()} for i, name in enumerate("abcd")}
+    bounds = [bound for rank in comparison.compare(table).ranks for bound in (rank.low, rank.high)]
+    assert all(2 * bound == int(2 * bound) for bound in bounds)
+    assert max(bounds) > min(bounds)
+
+
 def test_with_two_seeds_ranks_have_no_interval():
     found = compare(make({"a": 0.1, "b": 0.9}, seeds=2), reps=100)
     assert all(rank.low is None and rank.high is None for rank in found.ranks)
