@@ -1,13 +1,16 @@
 """Training speed beside the authors' own code: seeds x gradient steps per second of the machine.
 
     python benchmarks/peers.py [--diffusion-ql DIR] [--idql DIR] [--cleandiffuser DIR]
+                               [--corl DIR] [--unifloral DIR]
                                [--python NAME=PATH] [--device cpu] [--seconds 10] [--evaluation]
 
 DIR is the user's own clone of github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL,
-philippe-eecs/IDQL or CleanDiffuserTeam/CleanDiffuser; nothing of them is in this repository. Their
-learners are imported from there and fed the same data (Hopper's shape: 11 observations, 3 actions,
-100 000 random transitions), with the same batch and network sizes as ours: Diffusion-QL 3 x 256,
-5 denoising steps, batch 256; IDQL at the sizes of its December-2023 code, batch 512.
+philippe-eecs/IDQL, CleanDiffuserTeam/CleanDiffuser, tinkoff-ai/CORL or EmptyJackson/unifloral;
+nothing of them is in this repository. Their learners are imported from there and fed the same data
+(Hopper's shape: 11 observations, 3 actions, 100 000 random transitions), with the same batch and
+network sizes as ours: Diffusion-QL 3 x 256, 5 denoising steps, batch 256; IDQL at the sizes of its
+December-2023 code, batch 512; IQL and TD3+BC 2 x 256, batch 256. A step of TD3+BC is one update of
+the critics and half a one of the actor; Unifloral's, two and one, counts as two.
 
 Everything runs in this one call, one contestant after the other, each in its best arrangement: one
 process with all cores, or one process a core, started together and timed over the same seconds.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import json
 import os
 import subprocess
@@ -116,7 +120,7 @@ def ours(spec: Contestant, device: str) -> Step:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import torch
 
-    from algorithms import diffusion_ql, idql
+    from algorithms import diffusion_ql, idql, iql, td3_bc
     from algorithms.blocks.layers import set_precision
     from algorithms.testing import TinyDataset
     from harness.trainer import Trainer
@@ -124,6 +128,8 @@ def ours(spec: Contestant, device: str) -> Step:
     recipe, config = {
         "Diffusion-QL": (diffusion_ql.recipe, diffusion_ql.Config(clip_norm=9.0)),
         "IDQL": (idql.recipe, idql.Config(**DEC_2023)),
+        "IQL": (iql.recipe, iql.Config()),
+        "TD3+BC": (td3_bc.recipe, td3_bc.Config()),
     }[spec.table]
     dataset = TinyDataset(obs_dim=OBS, action_dim=ACTIONS, num_episodes=100, episode_length=1000)
     columns = arrays()
@@ -293,11 +299,135 @@ def peer_idql(folder: str, device: str) -> Step:
     return step
 
 
-PEERS: dict[str, Callable[[str, str], Step]] = {
-    "official code": peer_diffusion_ql,
-    "CleanDiffuser": peer_cleandiffuser,
-    "official code (JAX)": peer_idql,
+def script(folder: str, place: str) -> Any:
+    """A file of a clone as a module, without what it imports for simulators and logging."""
+    replace_unused("d4rl", "gym", "wandb", "pyrallis", "tyro")
+    name = f"peer_{Path(place).stem}"
+    spec = importlib.util.spec_from_file_location(name, Path(folder) / place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def corl_step(learner: Any, device: str) -> Step:
+    """Ten calls of a CORL learner's `train`, rows drawn as its buffer does."""
+    buffer = Buffer(device)
+
+    def step() -> int:
+        for _ in range(10):
+            obs, action, next_obs, reward, going_on = buffer.sample(256)
+            learner.train([obs, action, reward, next_obs, 1.0 - going_on])
+        return 10
+
+    return step
+
+
+def peer_corl_iql(folder: str, device: str) -> Step:
+    import torch
+
+    code = script(folder, "algorithms/offline/iql.py")
+    networks = {
+        "actor": code.GaussianPolicy(OBS, ACTIONS, 1.0),
+        "q_network": code.TwinQ(OBS, ACTIONS),
+        "v_network": code.ValueFunction(OBS),
+    }
+    for key, optimizer in (("actor", "actor"), ("q_network", "q"), ("v_network", "v")):
+        network = networks[key].to(device)
+        networks[f"{optimizer}_optimizer"] = torch.optim.Adam(network.parameters(), lr=3e-4)
+    return corl_step(code.ImplicitQLearning(1.0, device=device, **networks), device)
+
+
+def peer_corl_td3_bc(folder: str, device: str) -> Step:
+    import torch
+
+    code = script(folder, "algorithms/offline/td3_bc.py")
+    networks: dict[str, Any] = {"actor": code.Actor(OBS, ACTIONS, 1.0)}
+    networks |= {f"critic_{n}": code.Critic(OBS, ACTIONS) for n in (1, 2)}
+    for name in list(networks):
+        network = networks[name].to(device)
+        networks[f"{name}_optimizer"] = torch.optim.Adam(network.parameters(), lr=3e-4)
+    return corl_step(code.TD3_BC(1.0, device=device, **networks), device)
+
+
+def unifloral_step(code: Any, networks: dict[str, tuple[Any, Any]], work: int) -> Step:
+    """A scan of ten of its compiled steps.
+
+    Args:
+        networks: name in its train state -> network, and what it is initialised with.
+        work: steps that one of its steps stands for.
+    """
+    import jax
+
+    columns = arrays()
+    data = code.Transition(
+        obs=columns["obs"],
+        action=columns["action"],
+        reward=columns["reward"][:, 0],
+        next_obs=columns["next_obs"],
+        done=1.0 - columns["going_on"][:, 0],
+    )
+    data = jax.tree_util.tree_map(jax.numpy.asarray, data)
+    args = code.Args()
+    key = jax.random.PRNGKey(0)
+    state = code.AgentTrainState(
+        **{
+            name: code.create_train_state(args, key, network, dummy)
+            for name, (network, dummy) in networks.items()
+        }
+    )
+    apply = [networks[n][0].apply for n in ("actor", "dual_q", "value") if n in networks]
+    one = code.make_train_step(args, *apply, data)
+    scan = jax.jit(lambda carry: jax.lax.scan(one, carry, None, 10))
+    carry = (key, state)
+
+    def step() -> int:
+        nonlocal carry
+        carry, losses = scan(carry)
+        jax.block_until_ready(losses)
+        return 10 * work
+
+    return step
+
+
+def unifloral(folder: str, place: str) -> tuple[Any, Any, list[Any], list[Any]]:
+    """Module, and what its networks take: mean and std, an observation, and with an action."""
+    code = script(folder, place)
+    os.environ.pop("XLA_FLAGS", None)  # set on import, for GPUs; other versions stop at it
+    import jax.numpy as jnp
+
+    statistics = (jnp.zeros(OBS), jnp.ones(OBS))
+    return code, statistics, [jnp.zeros(OBS)], [jnp.zeros(OBS), jnp.zeros(ACTIONS)]
+
+
+def peer_unifloral_iql(folder: str, device: str) -> Step:
+    code, statistics, obs, both = unifloral(folder, "algorithms/iql.py")
+    actor, q = code.TanhGaussianActor(ACTIONS, *statistics), code.DualQNetwork(*statistics)
+    networks = {"actor": (actor, obs), "dual_q": (q, both), "dual_q_target": (q, both)}
+    networks["value"] = (code.StateValueFunction(*statistics), obs)
+    return unifloral_step(code, networks, 1)
+
+
+def peer_unifloral_td3_bc(folder: str, device: str) -> Step:
+    code, statistics, obs, both = unifloral(folder, "algorithms/td3_bc.py")
+    actor, q = code.DeterministicTanhActor(ACTIONS, *statistics), code.DualQNetwork(*statistics)
+    networks = {"actor": (actor, obs), "actor_target": (actor, obs)}
+    networks |= {"dual_q": (q, both), "dual_q_target": (q, both)}
+    return unifloral_step(code, networks, code.Args().num_critic_updates_per_step)
+
+
+PEERS: dict[tuple[str, str], tuple[str, Callable[[str, str], Step]]] = {
+    ("Diffusion-QL", "official code"): ("diffusion_ql", peer_diffusion_ql),
+    ("Diffusion-QL", "CleanDiffuser"): ("cleandiffuser", peer_cleandiffuser),
+    ("IDQL", "official code (JAX)"): ("idql", peer_idql),
+    ("IQL", "Unifloral (JAX)"): ("unifloral", peer_unifloral_iql),
+    ("IQL", "CORL"): ("corl", peer_corl_iql),
+    ("TD3+BC", "Unifloral (JAX)"): ("unifloral", peer_unifloral_td3_bc),
+    ("TD3+BC", "CORL"): ("corl", peer_corl_td3_bc),
 }
+"""Table and contestant -> the option that names its clone, and what builds its step."""
 
 
 def child(text: str) -> None:
@@ -305,12 +435,15 @@ def child(text: str) -> None:
     job = json.loads(text)
     os.sched_setaffinity(0, job["cores"])
     spec = Contestant(**job["contestant"])
-    if spec.name != "official code (JAX)":
+    if not spec.name.endswith("(JAX)"):
         import torch
 
         torch.set_num_threads(len(job["cores"]))
     device = job["device"]
-    step = PEERS[spec.name](spec.folder, device) if spec.folder else ours(spec, device)
+    if spec.folder:
+        step = PEERS[spec.table, spec.name][1](spec.folder, device)
+    else:
+        step = ours(spec, device)
     step()
     print("ready", flush=True)
     sys.stdin.readline()
@@ -404,6 +537,8 @@ def main() -> None:
     parser.add_argument("--diffusion-ql", metavar="DIR")
     parser.add_argument("--idql", metavar="DIR")
     parser.add_argument("--cleandiffuser", metavar="DIR")
+    parser.add_argument("--corl", metavar="DIR")
+    parser.add_argument("--unifloral", metavar="DIR")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -418,11 +553,7 @@ def main() -> None:
         return child_evaluation(arguments.child_evaluation)
     pythons = dict(item.split("=", 1) for item in arguments.python)
     contestants: list[tuple[str, Contestant]] = []
-    for key, table, name in (
-        ("diffusion_ql", "Diffusion-QL", "official code"),
-        ("cleandiffuser", "Diffusion-QL", "CleanDiffuser"),
-        ("idql", "IDQL", "official code (JAX)"),
-    ):
+    for (table, name), (key, _) in PEERS.items():
         folder = getattr(arguments, key)
         if folder:
             if not Path(folder).is_dir():
