@@ -1,5 +1,5 @@
 # CPU:    docker build -t offline-rl-harness --build-arg GIT_COMMIT=$(git rev-parse HEAD) .
-# CUDA:   docker build -t offline-rl-harness:cuda --build-arg TORCH_BACKEND=cu128 .
+# CUDA:   docker build -t offline-rl-harness:cuda --build-arg TORCH_BACKEND=cu130 .
 # Run:    docker run --rm --shm-size=1g -v "$PWD/out:/out" offline-rl-harness quickstart
 #         (the CUDA image: add --gpus all)
 #
@@ -8,7 +8,7 @@ ARG BASE=python:3.11-slim-bookworm
 
 # ---------------------------------------------------------------- the environment, built apart
 FROM ${BASE} AS build
-# Build of torch: cpu, cu128, cu130, ... or empty for the package index's default.
+# Build of torch: cpu or cu130, as there are locks; empty is the package index's, which is cu130.
 ARG TORCH_BACKEND=cpu
 ENV UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy
 RUN python3 -m venv /opt/uv \
@@ -18,11 +18,16 @@ RUN python3 -m venv /opt/uv \
 # Dependencies first: this layer is built again only when they change. Byte code is compiled here
 # because the user below cannot write it, and every Ray worker would compile torch anew.
 WORKDIR /build
-COPY pyproject.toml constraints.txt wheel[s] ./
+COPY pyproject.toml constraints.txt docker/constraints-cuda.txt wheel[s] ./
 RUN --mount=type=cache,target=/var/cache/uv \
-    /opt/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --compile-bytecode \
+    case "${TORCH_BACKEND}" in \
+      cpu) lock=constraints.txt ;; \
+      cu130|"") lock=constraints-cuda.txt ;; \
+      *) echo "TORCH_BACKEND=${TORCH_BACKEND} has no lock; expected cpu or cu130" >&2; exit 2 ;; \
+    esac \
+ && /opt/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --compile-bytecode \
       --find-links . ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} \
-      -c constraints.txt -r pyproject.toml --extra postgres \
+      -c "${lock}" -r pyproject.toml --extra postgres \
  && cd /opt/venv/lib/python3*/site-packages \
  && find numpy matplotlib pandas pyarrow scipy statsmodels sympy -type d -name tests -prune \
       -exec rm -rf {} +

@@ -36,8 +36,8 @@ test-slow: install  ## slow tests: faults, full sweeps, compiled steps
 
 test-faults: install  ## kills, hangs, full disks, lost nodes, 100,000 odd files: docs/reliability.md
 	$(BIN)/python -m pytest -s -m "not gpu" tests/test_faults.py tests/test_cluster.py \
-	  tests/test_full_disk.py tests/test_fuzz.py tests/test_untrusted.py tests/test_slurm.py \
-	  tests/test_watchdog.py tests/test_store.py
+	  tests/test_failures.py tests/test_full_disk.py tests/test_fuzz.py tests/test_untrusted.py \
+	  tests/test_slurm.py tests/test_watchdog.py tests/test_store.py
 
 test-all: test test-slow  ## both
 
@@ -62,10 +62,21 @@ smoke: install  ## spec to figure on CPU in about a minute, in a throw-away fold
 bench: install  ## all benchmarks, as ratios measured side by side
 	set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
-constraints: install  ## renew constraints.txt (review the difference before committing)
-	$(BIN)/uv pip compile --quiet --upgrade pyproject.toml --all-extras --no-header --no-annotate \
-	  --no-emit-index-url --no-emit-find-links -o constraints.txt
-	sed -i -E 's/^(torch==[^+]*)\+.*/\1/' constraints.txt
+# One resolution for both. The package index's torch for Linux is the CUDA build; wheels in a folder
+# could hide it. Without what only that build needs it is the lock of every other.
+constraints: install  ## renew constraints.txt and docker/constraints-cuda.txt (review the difference)
+	set -e; lock=$$(mktemp -d); trap 'rm -rf "$$lock"' EXIT; \
+	env -u UV_FIND_LINKS -u UV_TORCH_BACKEND $(BIN)/uv pip compile --quiet --upgrade pyproject.toml \
+	  --all-extras --python-version 3.11 --python-platform x86_64-manylinux_2_28 --no-header \
+	  --no-annotate --no-emit-index-url --no-emit-find-links -o "$$lock/pins"; \
+	for file in constraints.txt docker/constraints-cuda.txt; do \
+	  grep '^#' $$file > "$$lock/new"; \
+	  case $$file in \
+	    constraints.txt) grep -vE '^(cuda|nvidia)-|^triton==' "$$lock/pins" ;; \
+	    *) cat "$$lock/pins" ;; \
+	  esac >> "$$lock/new"; \
+	  cat "$$lock/new" > $$file; \
+	done
 
 clean:  ## remove the environment and caches, never results
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -70,7 +70,10 @@ class Ingester:
         """Makes sure that trials and their datasets are in the database."""
         trials = list(trials)
         pairs = sorted({(trial.dataset_id, trial.dataset_digest) for trial in trials})
-        records: list[Record] = [dataset_record(*pair) for pair in pairs]
+        stored = self.store.datasets()
+        known = set(zip(stored["dataset_id"], stored["digest"], strict=True))
+        # A card takes a reading of the whole dataset, and the first one stays.
+        records: list[Record] = [dataset_record(*pair) for pair in pairs if pair not in known]
         records += [trial_record(trial) for trial in trials]
         self.store.append(records)
 

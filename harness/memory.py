@@ -120,10 +120,7 @@ class Capacity:
     def of(cls, run: RunOptions) -> Capacity:
         """Of this machine, for the resources that a stack is given."""
         gpus = torch.cuda.device_count()
-        wants_gpu = run.device.startswith("cuda") or (
-            run.device == "auto" and (run.gpus_per_stack > 0 or gpus > 0)
-        )
-        if not wants_gpu:
+        if not run.on_gpu(gpus):
             slots = max(1, int(len(os.sched_getaffinity(0)) / run.cpus_per_stack))
             slots = min(slots, run.max_concurrent or slots)
             return cls("cpu", slots, int(HEADROOM * available_bytes() / slots))

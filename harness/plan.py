@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.spec import Experiment, TrialSpec
+from harness.spec import Experiment, RunOptions, TrialSpec
 from harness.typed import config_from_dict, config_to_dict, content_hash
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ FINISHED = ("done", "diverged")
 """Statuses that are results: such a trial is not run again unless it is asked for."""
 
 UNSIZED = 16
-"""Seeds in a stack where `run.max_stack: auto` cannot be decided."""
+"""Seeds in a stack on a GPU where `run.max_stack: auto` cannot be decided from memory."""
 
 StackSizes = Callable[[Mapping[str, Sequence["Stage"]], Mapping[str, "Stage"]], dict[str, int]]
 """From groups of stages that may be stacked, by name, and all stages by id: seeds in a stack."""
@@ -326,7 +326,7 @@ def make_plan(
         work: the folder whose `<stage_id>/checkpoints/<step>/` are looked at for resuming.
         retry: statuses to run again. Unfinished trials always are; add "diverged" (or "done") to
             repeat results.
-        sizes: how `run.max_stack: auto` is decided; without it, as many as `UNSIZED`.
+        sizes: how `run.max_stack: auto` is decided; without it, by `unmeasured_stack`.
 
     Raises:
         ValueError: if a trial's revision or config does not fit the installed algorithm.
@@ -364,7 +364,7 @@ def make_plan(
         kind = (stage_id in cached, stage_id in evaluate_only)
         groups.setdefault(_group(stage, families[stage_id], kind), []).append(stage)
     stacks: list[Stack] = []
-    most = _stack_sizes(experiment.run.max_stack, groups, stages, sizes)
+    most = _stack_sizes(experiment.run, groups, stages, sizes)
     for name, group in groups.items():
         only = group[0].id in evaluate_only
         again = group[0].id in cached and not only
@@ -430,17 +430,25 @@ def unique_stages(
 
 
 def _stack_sizes(
-    asked: int | str,
+    run: RunOptions,
     groups: Mapping[str, Sequence[Stage]],
     stages: Mapping[str, Stage],
     sizes: StackSizes | None,
 ) -> dict[str, int]:
     """The most seeds in a stack, for each group."""
-    if isinstance(asked, int):
-        return dict.fromkeys(groups, asked)
-    if sizes is None:
-        return dict.fromkeys(groups, UNSIZED)
-    return sizes(groups, stages)
+    if run.max_stack == "auto" and sizes is not None:
+        return sizes(groups, stages)
+    return dict.fromkeys(groups, unmeasured_stack(run))
+
+
+def unmeasured_stack(run: RunOptions) -> int:
+    """Most seeds in a stack, as `run.max_stack` says without looking at stages or the machine.
+
+    For auto it is one on a CPU, where compiled steps are fastest so, and `UNSIZED` on a GPU.
+    """
+    if isinstance(run.max_stack, int):
+        return run.max_stack
+    return UNSIZED if run.on_gpu() else 1
 
 
 def _wanted(stages: Mapping[str, Stage], cached: Collection[str], todo: Iterable[str]) -> list[str]:

@@ -249,6 +249,15 @@ class RunOptions:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device is {self.device!r}; expected auto, cpu, cuda or cuda:N")
 
+    def on_gpu(self, found: int = 0) -> bool:
+        """Whether stacks train on a GPU, as these options say.
+
+        Args:
+            found: GPUs of the machine they run on; 0 if it is not looked at.
+        """
+        wanted = self.gpus_per_stack > 0 or found > 0
+        return self.device.startswith("cuda") or (self.device == "auto" and wanted)
+
 
 @dataclass(frozen=True)
 class Origin:

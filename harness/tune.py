@@ -32,6 +32,7 @@ os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the old reporter is silent at verbose=
 os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", "16")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 
+import psutil
 import ray
 from ray import tune
 from ray.tune.search import Searcher
@@ -213,6 +214,7 @@ def cluster() -> Iterator[None]:
     folder = _code_folder()
     if relative := os.environ.get("MINARI_DATASETS_PATH"):
         os.environ["MINARI_DATASETS_PATH"] = os.path.abspath(os.path.expanduser(relative))
+    before = set(psutil.Process().children(recursive=True))
     for attempt in range(1, INIT_TRIES + 1):
         try:
             with _quiet_logs(), contextlib.chdir(folder):
@@ -220,6 +222,7 @@ def cluster() -> Iterator[None]:
             break
         except Exception as error:
             ray.shutdown()  # a busy machine can time out while the local cluster starts
+            _end_children(but=before)
             if address:
                 advice = f"the cluster at RAY_ADDRESS={address}; unset it to run locally"
             elif attempt < INIT_TRIES:
@@ -231,6 +234,18 @@ def cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _end_children(but: set[psutil.Process]) -> None:
+    """Ends processes that this one has started since.
+
+    Ray leaves those of a start that timed out; with a second set of them the next try is slower.
+    """
+    left = set(psutil.Process().children(recursive=True)) - but
+    for child in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(left, timeout=10.0)
 
 
 def resources() -> str:

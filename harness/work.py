@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.artifacts import ArtifactStore
 from harness.home import Home
-from harness.plan import UNSIZED, Stack, balanced, make_plan
+from harness.plan import Stack, balanced, make_plan, unmeasured_stack
 from harness.preflight import Probe, check, refuse
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
@@ -55,14 +55,11 @@ class Shard:
     def of(self, experiment: Experiment) -> Experiment:
         """The experiment with this share's trials only.
 
-        Seeds that can train together stay together, up to `run.max_stack` (auto: one on a CPU). The
-        shares depend on the experiment alone, not on what is done already nor on this machine, so
-        that jobs agree without talking.
+        Seeds that can train together stay together, up to `unmeasured_stack`. The shares depend on
+        the experiment alone, not on what is done already nor on this machine, so that jobs agree
+        without talking.
         """
-        run = experiment.run
-        most = run.max_stack if isinstance(run.max_stack, int) else UNSIZED
-        if run.max_stack == "auto" and not (run.gpus_per_stack or run.device.startswith("cuda")):
-            most = 1
+        most = unmeasured_stack(experiment.run)
         variants: dict[str, list[TrialSpec]] = {}
         for trial in experiment.trials:
             variants.setdefault(trial.variant_id, []).append(trial)

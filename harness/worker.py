@@ -48,6 +48,7 @@ from harness.trainer import (
     resolve_device,
     stack_states,
 )
+from harness.typed import content_hash
 from harness.watchdog import Watchdog
 from results.records import EvalRecord, MetricRecord, RunRecord
 
@@ -210,6 +211,30 @@ def load_dataset(stage: Stage, device: torch.device, held_out: bool = False) -> 
     Raises:
         DatasetError: if they are missing, or have another digest.
     """
+    _refuse_other_data(stage)
+    data = datasets.DataSpec(**stage.data)
+    return datasets.load(stage.dataset_id, data, str(device), held_out)
+
+
+_held: dict[str, Any] = {}
+"""The data of the last stack of this process, under what they are."""
+
+
+def _stack_dataset(stage: Stage, device: torch.device) -> Any:
+    """`load_dataset`, unless the stack before in this process was trained on the same.
+
+    What is held was compared with its digest when it was read; nothing changes it since.
+    """
+    key = content_hash([stage.dataset_id, stage.dataset_digest, dict(stage.data), str(device)])
+    if key in _held:
+        _refuse_other_data(stage)
+    else:
+        _held.clear()  # before reading: there may be no memory for two
+        _held[key] = load_dataset(stage, device)
+    return _held[key]
+
+
+def _refuse_other_data(stage: Stage) -> None:
     found = datasets.digest(stage.dataset_id)
     if found != stage.dataset_digest:
         raise datasets.DatasetError(
@@ -217,8 +242,6 @@ def load_dataset(stage: Stage, device: torch.device, held_out: bool = False) -> 
             f"with {stage.dataset_digest[:16]}...: the data changed since, or this node holds "
             "another version. Plan again, or copy the same data to every node"
         )
-    data = datasets.DataSpec(**stage.data)
-    return datasets.load(stage.dataset_id, data, str(device), held_out)
 
 
 def _load_inputs(
@@ -301,7 +324,7 @@ def _run_make(job: Job, declared: Make, report: Callable[[Progress], None]) -> s
     device = resolve_device(job.run.device)
     first = job.stack.stages[0]
     report(Progress(0, 1, 0.0, phase="load"))
-    dataset = load_dataset(first, device)
+    dataset = _stack_dataset(first, device)
     inputs = _load_inputs(ArtifactStore(job.home.artifacts), job.stack.stages, declared, device)
     seeds = torch.tensor(job.stack.seeds, dtype=torch.int64, device=device)
     rng = Rng(seeds, torch.zeros_like(seeds), Stream.MAKE)
@@ -462,7 +485,7 @@ class _TrainingRun:
     def _run(self) -> str:
         started = time.perf_counter()
         self.report(Progress(0, self.declared.steps, 0.0, phase="load"))
-        dataset = load_dataset(self.stages[0], self.device)
+        dataset = _stack_dataset(self.stages[0], self.device)
         trainer = _new_trainer(
             self.store, self.job.stack, self.declared, dataset, self.device, self.compiled
         )

@@ -55,6 +55,18 @@ def test_a_second_cluster_of_one_home_is_refused_and_only_its_own_processes_end(
     others.communicate(b"\n", timeout=30)
 
 
+def test_what_a_start_of_ray_left_that_failed_is_ended_and_nothing_else():
+    from harness import tune
+
+    earlier = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    before = set(psutil.Process().children(recursive=True))
+    left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    tune._end_children(but=before)
+    assert left.poll() is not None
+    assert earlier.poll() is None
+    earlier.communicate(b"\n", timeout=30)
+
+
 def test_what_is_remembered_and_cannot_be_read_is_named(tmp_path):
     (tmp_path / cluster.STATE).write_text("{}")
     with pytest.raises(ClusterError, match=r"cluster\.json cannot be read"):

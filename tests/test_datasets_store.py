@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from harness import datasets
-from harness.datasets import DatasetError, digest, load_raw, verify
+from harness.datasets import DatasetError, digest, load_raw, record, verify, verify_files
 from harness.datasets.minari import FLAT_FILE, RawDataset
 from harness.datasets.record import DIGEST_FILE
 from harness.datasets.writing import write_dataset
@@ -226,6 +227,41 @@ def test_damage_that_is_older_than_the_record_of_times_is_still_found(store: Pat
         verify("tiny/a-v0")
     with pytest.raises(DatasetError, match="digest"):
         load_raw("tiny/a-v0")
+
+
+def test_only_files_that_somebody_wrote_to_are_hashed_again(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if size and mtime are as they were; and `verify` reads everything each time."""
+    write()
+    path, read, file_digest = data_file(store), [], hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        read.append(Path(file.name).name)
+        return file_digest(file, name)
+
+    def hashed(check: Callable[[str], None]) -> list[str]:
+        read.clear()
+        check("tiny/a-v0")
+        return sorted(read)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    both = ["main_data.hdf5", "metadata.json"]
+    assert hashed(verify_files) == hashed(verify_files) == both, "too new to be trusted"
+    monkeypatch.setattr(record, "SETTLED_NS", 0)
+    time.sleep(0.05)  # more than one tick of the file system's clock
+    assert hashed(verify_files) == both
+    assert hashed(verify_files) == []
+    assert set(both) <= set(hashed(verify))
+    before, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DatasetError, match=r"main_data\.hdf5 has changed since it was recorded"):
+        verify_files("tiny/a-v0")
+    path.write_bytes(content)
+    assert hashed(verify_files) == both[:1]
+    shutil.copytree(store / "tiny/a-v0", store / "tiny/b-v0")
+    assert hashed(lambda _: record.file_hashes(store / "tiny/b-v0")) == both, "another file"
 
 
 def test_a_copied_dataset_keeps_its_digest(store: Path) -> None:

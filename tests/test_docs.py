@@ -206,7 +206,8 @@ def test_the_tree_of_the_architecture_is_the_tree_there_is():
 
 def test_the_container_gets_every_package():
     allowed = re.findall(r"^!(\S+)$", text_of(".dockerignore"), re.MULTILINE)
-    assert {*PACKAGES, "experiments", "pyproject.toml", "constraints.txt"} <= set(allowed)
+    locks = ("constraints.txt", "docker/constraints-cuda.txt")
+    assert {*PACKAGES, "experiments", "pyproject.toml", *locks} <= set(allowed)
     assert all((REPOSITORY / name).exists() for name in allowed if name != "wheels")
 
 

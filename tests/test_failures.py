@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
+import psutil
 import pytest
 from small_catalog import PLUGIN
 
 from harness.failures import EngineError, classify, kernel_oom_kills
 from results.store import Store
 from tests import inline
+from tests.processes import REPOSITORY, harness
 
 SPEC = """
 name: faulty
@@ -121,3 +125,89 @@ def test_an_engine_that_never_starts_anything_is_an_error(spec, tmp_path):
 
     with pytest.raises(EngineError, match="no resources"):
         inline.sweep(spec, tmp_path / "home", run_queue=dead)
+
+
+# ------------------------------------------------------------------------------- through real Ray
+
+
+def sweep_with_ray(
+    spec: Path, home: Path, faults: int, *overrides: str, **environment: str
+) -> tuple[int, str]:
+    """`harness sweep` in a process of its own: its exit code and what it printed.
+
+    Args:
+        faults: how often the plugin's fault happens; afterwards it does not.
+    """
+    tickets = home.with_name(f"{home.name}-tickets")
+    tickets.mkdir()
+    for number in range(faults):
+        (tickets / str(number)).touch()
+    path = os.pathsep.join((str(PLUGIN), str(REPOSITORY)))
+    environment |= {"PYTHONPATH": path, "FAULTY_TICKETS": str(tickets), "COLUMNS": "200"}
+    arguments = ("sweep", str(spec), "--home", str(home), *overrides)
+    process = harness(*arguments, env={**os.environ, **environment})
+    try:
+        output, _ = process.communicate(timeout=1500)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+@pytest.mark.slow
+def test_a_worker_that_kills_itself_once_is_tried_again_and_the_rows_are_the_same(spec, tmp_path):
+    overrides = ("config.fault=killed", "seeds=0-1", "run.max_stack=1")
+    assert inline.sweep(spec, tmp_path / "whole", list(overrides)).ok
+    code, output = sweep_with_ray(spec, tmp_path / "home", 1, *overrides)
+    assert code == 0, output
+    assert re.search(
+        r"faulty generated/bandit2d-v0 seeds [01]: killed .*; again \(1 of 3\)", output
+    )
+    assert inline.rows(tmp_path / "home") == inline.rows(tmp_path / "whole")
+    parts = sorted(segments(tmp_path / "home").values(), key=len)
+    assert parts == [[(1, None)], [(1, "killed"), (1, None)]]
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_kills_itself_is_named_and_the_other_trials_are_done(spec, tmp_path):
+    spec.write_text(
+        spec.read_text().replace(
+            "[faulty]",
+            "{well: {algorithm: faulty}, ill: {algorithm: faulty, config: {fault: killed}}}",
+        )
+    )
+    overrides = ("seeds=0-1", "run.max_stack=2", "run.max_failures=2")
+    home = tmp_path / "home"
+    code, output = sweep_with_ray(spec, home, 100, *overrides)
+    assert code == 1, output
+    assert len(list((tmp_path / "home-tickets").iterdir())) == 97, "tried once and twice more"
+    assert re.search(r"ill generated/bandit2d-v0 seeds 0-1: killed .*; again \(2 of 2\)", output)
+    assert re.search(r"ill generated/bandit2d-v0 seeds 0-1: failed", output)
+    with Store.open(f"sqlite:///{home / 'results.db'}") as store:
+        runs = store.runs().merge(store.trials()[["trial_id", "label"]], on="trial_id")
+    assert sorted(zip(runs["label"], runs["status"], strict=True)) == [
+        ("ill", "failed"), ("ill", "failed"), ("well", "done"), ("well", "done"),
+    ]  # fmt: skip
+    for run in runs[runs["label"] == "ill"].itertuples():
+        assert [part["ended"] for part in run.segments] == ["killed"] * 3
+        assert "died" in run.error
+
+
+@pytest.mark.slow
+def test_a_stack_that_rays_memory_monitor_kills_is_halved_and_the_sweep_goes_on(spec, tmp_path):
+    """The monitor of this sweep's own Ray; it ends no process but workers of that Ray."""
+    memory, gib = psutil.virtual_memory(), 2**30
+    if memory.available < 8 * gib:
+        pytest.skip("less than 8 GiB of memory are available")
+    # Ray, driver and worker take 2 GiB of the 4 that are left by this limit; the fault up to 4.
+    limit = (memory.total - memory.available + 4 * gib) / memory.total
+    overrides = ("config.fault=monitored", "seeds=0-1", "run.max_stack=2")
+    assert inline.sweep(spec, tmp_path / "whole", list(overrides)).ok
+    code, output = sweep_with_ray(
+        spec, tmp_path / "home", 1, *overrides,
+        RAY_memory_usage_threshold=f"{limit:.3f}", RAY_memory_monitor_refresh_ms="100",
+    )  # fmt: skip
+    assert code == 0, output
+    assert "out of memory; again with 1 seed at a time" in output
+    assert inline.rows(tmp_path / "home") == inline.rows(tmp_path / "whole")
+    for parts in segments(tmp_path / "home").values():
+        assert parts == [(2, "out of memory"), (1, None)]

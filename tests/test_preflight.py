@@ -260,7 +260,7 @@ def test_auto_plans_stacks_for_this_machine(spec):
 
 
 def test_shares_of_an_automatic_sweep_are_the_same_everywhere(spec):
-    for extra, groups in ((), 20), (("run.gpus_per_stack=1",), 4):
+    for extra, groups in ((), 20), (("run.device=cuda",), 4):
         experiment = load_experiment(spec, ["run.max_stack=auto", *extra])
         shares = [Shard(index, 20).of(experiment).trials for index in range(20)]
         assert sum(bool(share) for share in shares) == groups

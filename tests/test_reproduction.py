@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from analysis import reproduction
 from harness import cli
-from harness.datasets import DatasetError
+from harness.datasets import DatasetError, resolve
 from harness.datasets.obtaining import makers, obtain
 from harness.spec import dataset_names, load_experiment
 from results.store import Store
@@ -166,5 +166,6 @@ def test_everything_that_can_be_generated_is_known_by_the_id_it_gets(tmp_path, m
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     found = makers()
     assert {"generated/pointmaze/large-dense-v0", "generated/navigation1d/medium-v0"} <= set(found)
+    assert {resolve(name).relation for name in found} == {"generated"}
     for name in ("generated/ring2d-v0", "generated/navigation1d/expert-v0"):
         assert found[name]().id == name

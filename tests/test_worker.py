@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import worker
+from harness import datasets, worker
 from harness.artifacts import ArtifactStore
+from harness.datasets import cards
 from harness.evaluate import Evaluator
 from harness.home import Home
 from harness.plan import checkpoint_steps, make_plan
@@ -54,6 +55,28 @@ def stop_after_a_chunk(spec: Path, home: Home, stop: Path) -> Job:
 def last_status(home: Home, stage) -> str:
     records = [r for r in read(home.spool(stage.id)) if isinstance(r, RunRecord)]
     return records[-1].status
+
+
+def test_data_are_read_once_for_all_stacks_of_a_process_and_not_at_all_if_nothing_is_left(
+    spec, tmp_path, monkeypatch
+):
+    loads, cards_made, load, load_raw = [], [], datasets.load, cards.load_raw
+
+    def counted(dataset_id, data, *arguments):
+        loads.append(data.reward)
+        return load(dataset_id, data, *arguments)
+
+    monkeypatch.setattr(datasets, "load", counted)
+    monkeypatch.setattr(cards, "load_raw", lambda name: cards_made.append(name) or load_raw(name))
+    worker._held.clear()
+    home, one = tmp_path / "home", ["run.max_stack=1"]
+    assert inline.sweep(spec, home, one).trained == 3
+    assert (loads, cards_made) == (["none"] * 2, ["generated/bandit2d-v0"]), "preflight, worker"
+    assert inline.sweep(spec, home, one).trained == 0
+    assert (len(loads), len(cards_made)) == (2, 1)
+    assert inline.sweep(spec, home, [*one, "data.reward=normalize"]).trained == 3
+    assert (loads[2:], len(cards_made)) == (["normalize"] * 2, 1)
+    assert len(worker._held) == 1, "room for one dataset"
 
 
 def test_a_stack_leaves_rows_and_a_verified_artifact_for_each_seed(spec, tmp_path):

@@ -171,7 +171,7 @@ def resolve(name: str) -> DatasetEntry:
             f"dataset {name!r} has no version; did you mean {_newest(name)!r}?"
         )
     local.check_id(name)
-    if not (local.is_stored(name) or name in _published() or _is_made(name)):
+    if not (local.is_stored(name) or name in _published() or name in _made_ids()):
         legacy = name.removeprefix(f"{ORIGINAL_NAMESPACE}/")
         if legacy == name or legacy not in _legacy_names():
             raise _unknown(name)
@@ -196,13 +196,9 @@ def _unknown(name: str) -> UnknownDatasetError:
 
 
 def _made_ids() -> list[str]:
-    navigation = [f"generated/navigation1d/{kind}-v0" for kind in ("expert", "medium")]
-    mazes = [f"generated/pointmaze/{maze}-v0" for maze in POINTMAZE_ANCHORS]
-    return ["generated/bandit2d-v0", "generated/ring2d-v0", *navigation, *mazes, ROUTES_ID]
+    from harness.datasets.obtaining import makers  # which needs this module
 
-
-def _is_made(name: str) -> bool:
-    return name in _made_ids()
+    return list(makers())
 
 
 def _resolve_legacy(name: str) -> DatasetEntry:

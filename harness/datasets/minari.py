@@ -162,6 +162,8 @@ def digest(dataset_id: str) -> str:
 def verify_files(dataset_id: str) -> None:
     """The quick part of `verify`: compares the sha256 of each file, if it was ever recorded.
 
+    Files that nobody wrote to since their last reading are not read again (`file_hashes`).
+
     Raises:
         DatasetError: naming the file that is missing, new or changed.
     """
@@ -172,8 +174,8 @@ def verify_files(dataset_id: str) -> None:
         _check_files(dataset_id, path, record)
 
 
-def _check_files(dataset_id: str, path: Path, record: Record) -> None:
-    found = file_hashes(path)
+def _check_files(dataset_id: str, path: Path, record: Record, read_all: bool = False) -> None:
+    found = file_hashes(path, read_all)
     for name in sorted(found.keys() | record.files.keys()):
         if name not in found:
             raise _damaged(dataset_id, path / name, "is missing")
@@ -206,7 +208,7 @@ def verify(dataset_id: str, accept: bool = False) -> None:
         (path / FLAT_FILE).unlink(missing_ok=True)
         Record.forget(path)
     elif record is not None:
-        _check_files(dataset_id, path, record)
+        _check_files(dataset_id, path, record, read_all=True)
     metadata = local.metadata(dataset_id)
     obs_space, action_space = _spaces(metadata, dataset_id)
     leaves = leaves_of(obs_space, f"{dataset_id}: observation space")

@@ -28,7 +28,7 @@ def makers() -> dict[str, Maker]:
     for level in POINTMAZE_ANCHORS:
         maze, _, dense = level.partition("-")
         make = partial(pointmaze.make_pointmaze, maze, dense=bool(dense))
-        found[f"generated/pointmaze/{level}-v0"] = make
+        found[pointmaze.dataset_id_of(level)] = make
     return found
 
 

@@ -104,6 +104,10 @@ def shortest_path(
     raise ValueError(f"no path from cell {start} to {target}")
 
 
+def dataset_id_of(level: str) -> str:
+    return f"generated/pointmaze/{level}-v0"
+
+
 def make_pointmaze(
     maze: str = "umaze",
     steps: int = 100_000,
@@ -133,7 +137,7 @@ def make_pointmaze(
         raise ValueError(f"maze is {maze!r}; expected open, umaze, medium or large")
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
-    dataset_id = dataset_id or f"generated/pointmaze/{level}-v0"
+    dataset_id = dataset_id or dataset_id_of(level)
     refuse_existing(dataset_id, overwrite)  # before minutes of simulation
 
     from harness.environments import EnvironmentSpec, pointmaze_evaluation, pointmaze_map

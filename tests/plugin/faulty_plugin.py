@@ -1,15 +1,19 @@
-"""An algorithm whose process meets a fault at its fifth step: out of memory, for real.
+"""An algorithm whose process meets a fault at its fifth step: killed or out of memory, for real.
 
 Learns like `two_stage_plugin`'s teacher, so that what it leaves can be compared with a run without.
 """
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from two_stage_plugin import Linear, RegressionConfig
 
@@ -22,8 +26,8 @@ FAULT_AT = 5  # not at the first step, which is tried beforehand in the driver
 @dataclass(frozen=True)
 class Config:
     steps: int = 40
-    fault: str = "none"  # none | limit
-    fit: int = 1  # limit: seeds that fit
+    fault: str = "none"  # none | limit | killed | monitored
+    fit: int = 1  # limit, monitored: seeds that fit
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,25 @@ class Faulty(Linear):
             torch.empty(len(self.weight), GIB // 4)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
+
+    def killed(self) -> None:
+        """SIGKILL, as often as there are files in a folder that the test names: each is used up."""
+        for ticket in _tickets():
+            ticket.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def monitored(self) -> None:
+        """More and more memory, until Ray's monitor ends this process; 4 GiB at most."""
+        held = []
+        while len(self.weight) > self.config.fit and len(held) < 16 and _tickets():
+            held.append(np.ones(GIB // 4, dtype=np.uint8))
+            time.sleep(0.5)  # several looks of the monitor
+
+
+def _tickets() -> list[Path]:
+    """Faults that are left; none where no test asks for them, so that trials are the same."""
+    folder = os.environ.get("FAULTY_TICKETS")
+    return sorted(Path(folder).iterdir()) if folder else []
 
 
 def stages(config: Config) -> tuple[Train, ...]:
