@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,10 @@ class ArtifactStore:
         except (ArtifactError, OSError):
             return False
 
+    def present(self, stage_ids: Iterable[str]) -> frozenset[str]:
+        """Those of many that are there, as `has`."""
+        return frozenset(stage_id for stage_id in stage_ids if self.has(stage_id))
+
     def ids(self) -> list[str]:
         """Ids of all published artifacts, sorted."""
         if not self.root.is_dir():
@@ -123,13 +127,13 @@ class ArtifactStore:
         manifest: Mapping[str, Any],
     ) -> ArtifactRecord:
         self.root.mkdir(parents=True, exist_ok=True)
-        temporary = self.root / f"{_TEMPORARY}{stage_id}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary = self._temporary(stage_id)
         temporary.mkdir()
         try:
             write(temporary)
             files = {}
             for name in _walk(temporary, stage_id):
-                digest, size = _hash_file(temporary / name, flush=True)
+                digest, size = hash_file(temporary / name, flush=True)
                 files[name] = {"sha256": digest, "bytes": size}
             if not files:
                 raise ArtifactError(f"stage {stage_id} wrote no file; nothing to publish")
@@ -151,6 +155,44 @@ class ArtifactStore:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
+    def install(
+        self,
+        stage_id: str,
+        raw: bytes,
+        place: str,
+        fetch: Callable[[Mapping[str, Any], Path], None],
+    ) -> None:
+        """Publishes an artifact that was made elsewhere, in place of one that is here.
+
+        Args:
+            raw: its manifest, as read from `place`.
+            fetch: given a file's entry in the manifest (`sha256`, `bytes`), writes that file,
+                verified, to a path.
+
+        Raises:
+            ArtifactError: if the manifest is damaged, or of another artifact.
+            DiskFullError: if there is no room; what was here before is left then.
+        """
+        final = self.path(stage_id)
+        with explained(final):
+            self.root.mkdir(parents=True, exist_ok=True)
+            temporary = self._temporary(stage_id)
+            temporary.mkdir()
+            try:
+                for name, entry in parse_manifest(raw, stage_id, place)["files"].items():
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                    fetch(entry, temporary / name)
+                    hash_file(temporary / name, flush=True)
+                _write_flushed(temporary / MANIFEST, raw)
+                _flush_folder(temporary)
+                self._set_aside(final)
+                self._rename(temporary, final, stage_id)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _temporary(self, stage_id: str) -> Path:
+        return self.root / f"{_TEMPORARY}{stage_id}-{os.getpid()}-{secrets.token_hex(4)}"
+
     def _rename(self, temporary: Path, final: Path, stage_id: str) -> None:
         for _ in range(100):
             try:
@@ -166,7 +208,7 @@ class ArtifactStore:
         raise ArtifactError(f"cannot publish {final}: something keeps recreating it")
 
     def _set_aside(self, folder: Path) -> None:
-        aside = self.root / f"{_TEMPORARY}{folder.name}-{os.getpid()}-{secrets.token_hex(4)}"
+        aside = self._temporary(folder.name)
         try:
             os.rename(folder, aside)
         except FileNotFoundError:
@@ -213,19 +255,7 @@ class ArtifactStore:
             ) from None
         except OSError as error:
             raise ArtifactError(f"cannot read {path}: {error}") from error
-        try:
-            content = json.loads(raw)
-            # Byte for byte what publish writes for this content, self hash included.
-            intact = isinstance(content, dict) and _manifest_bytes(content) == raw
-            intact = intact and content["id"] == stage_id and content["format"] == FORMAT
-            files = content["files"] if intact else {}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}. {_REDO}") from error
-        if not intact:
-            raise ArtifactError(f"{path} is damaged: it does not match its own hash. {_REDO}")
-        for name in files:
-            _check_name(name, path)
-        return content
+        return parse_manifest(raw, stage_id, str(path))
 
     def record(self, stage_id: str) -> ArtifactRecord:
         """The row about a published artifact."""
@@ -259,7 +289,7 @@ class ArtifactStore:
     def _verify_file(self, folder: Path, name: str, expected: Mapping[str, Any]) -> None:
         path = folder / name
         try:
-            digest, size = _hash_file(path)
+            digest, size = hash_file(path)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be read: {error.strerror}. {_REDO}") from error
         if size != expected["bytes"]:
@@ -301,6 +331,27 @@ class ArtifactStore:
             raise ArtifactError(f"{folder / file} is not a safetensors file: {error}") from error
 
 
+def parse_manifest(raw: bytes, stage_id: str, place: str) -> dict[str, Any]:
+    """A manifest as it was read from `place`, checked against its own hash.
+
+    Raises:
+        ArtifactError: naming the place, if it was changed or is of another artifact.
+    """
+    try:
+        content = json.loads(raw)
+        # Byte for byte what publish writes for this content, self hash included.
+        intact = isinstance(content, dict) and _manifest_bytes(content) == raw
+        intact = intact and content["id"] == stage_id and content["format"] == FORMAT
+        files = content["files"] if intact else {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{place} is damaged: {error}. {_REDO}") from error
+    if not intact:
+        raise ArtifactError(f"{place} is damaged: it does not match its own hash. {_REDO}")
+    for name in files:
+        _check_name(name, place)
+    return content
+
+
 _REDO = "Delete the artifact's folder to have it made again"
 
 
@@ -326,14 +377,15 @@ def _walk(folder: Path, stage_id: str) -> Iterator[str]:
             yield name
 
 
-def _check_name(name: Any, where: Path) -> None:
+def _check_name(name: Any, where: Path | str) -> None:
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     safe = parts and not PurePosixPath(name).is_absolute() and "\\" not in name
     if not safe or ".." in parts or str(PurePosixPath(name)) != name or not name.isprintable():
         raise ArtifactError(f"{where}: file name {name!r} is not a plain relative path")
 
 
-def _hash_file(path: Path, flush: bool = False) -> tuple[str, int]:
+def hash_file(path: Path, flush: bool = False) -> tuple[str, int]:
+    """The sha256 of a file, and its bytes; `flush` has it on the disk before."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

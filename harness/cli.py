@@ -236,11 +236,11 @@ def work(
     from results.store import Store
 
     experiment = Shard.parse(shard).of(load_experiment(spec, overrides or []))
-    found = Home.find(home)
+    found = Home.find(home).shared(experiment.run.storage)
     store = Store.open(found.database_url(db)) if found.has_database(db) else None
     display = Display(console, len({trial.variant_id for trial in experiment.trials}))
     with (
-        stop_on_signals(found.work / f"stop-{os.getpid()}") as stop_file,
+        stop_on_signals(found.stop_file()) as stop_file,
         display,
     ):
         done = run(

@@ -68,6 +68,8 @@ class LocalCluster:
 def up(folder: Path, nodes: int, cpus: int = 0) -> LocalCluster:
     """Starts a cluster and returns when all its nodes have joined.
 
+    Where `HARNESS_NODE_HOME` is set, each node's is a folder of its own in it.
+
     Args:
         folder: where it is remembered until `down`; one cluster each.
         nodes: how many, with the head; all of them run trials.
@@ -107,7 +109,9 @@ def up(folder: Path, nodes: int, cpus: int = 0) -> LocalCluster:
             role = head if number == 0 else [f"--address={address}"]
             log = Path(scratch) / f"node-{number}.log"
             role = [*role, f"--num-cpus={cpus}", f"--node-ip-address={_host(number)}"]
-            started.append(_start_node(role, log, environment))
+            own = os.environ.get("HARNESS_NODE_HOME")
+            homes = {"HARNESS_NODE_HOME": f"{own}/{number}"} if own else {}
+            started.append(_start_node(role, log, environment | homes))
             cluster = LocalCluster(environment, scratch, tuple(started))
             cluster.save(folder)
             _wait_until_started(started[-1], log)

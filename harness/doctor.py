@@ -75,6 +75,8 @@ def _home(home: str | None, db: str | None) -> Iterator[Check]:
         return
     low = free < preflight.LOW_DISK_BYTES
     yield Check("home", "note" if low else "ok", f"{found.root}, {preflight.gib(free)} free")
+    if found.storage:
+        yield preflight.storage(found)
     try:
         with Store.open(found.database_url(db)) as store:
             counts = store.counts()

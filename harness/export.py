@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from algorithms.api import DatasetSpec, Rng, StageInput
 from algorithms.blocks.layers import set_precision
 from algorithms.blocks.rng import RowRng, Stream
-from harness import provenance
+from harness import provenance, storage
 from harness.artifacts import ArtifactStore
 from harness.plan import Stage
 from harness.policies import Loader, Trained, observations
@@ -320,7 +320,7 @@ def _write_weights(path: Path, policy: nn.Module, read: _TensorsRead) -> None:
 
 def _write_needs(folder: Path, stage: Stage, loader: Loader) -> None:
     """The states of the stages that the learner is built from, such as a teacher."""
-    store = ArtifactStore(loader.home.artifacts)
+    store = storage.artifacts(loader.home)
     for need, stage_id in stage.needs.items():
         state = stack_states([store.load_state(stage_id)])  # as the learner was given it
         ArtifactStore.save_state(folder, state, _need_file(need))

@@ -4,12 +4,16 @@ results.db              the results database, unless a URL says otherwise
 artifacts/<stage_id>/   published stages, content-addressed
 work/<stage_id>/        spool.jsonl, checkpoints/<step>/, lock, stale: a stage in progress
 figures/                what `harness figures` draws
+
+With a `storage` this folder is one node's own, and what others need is copied there: see
+`harness.storage`.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 DEFAULT_HOME = "runs"
@@ -17,13 +21,21 @@ DEFAULT_HOME = "runs"
 
 @dataclass(frozen=True)
 class Home:
-    """The folder of a sweep's files."""
+    """The folder of a sweep's files.
+
+    Attributes:
+        storage: URL of the store that nodes have in common; empty where they share the folder.
+    """
 
     root: Path
+    storage: str = ""
 
     @classmethod
     def find(cls, given: str | os.PathLike[str] | None = None) -> Home:
-        """`given`, else `HARNESS_HOME`, else ./runs; made absolute, created if absent."""
+        """`given`, else `HARNESS_HOME`, else ./runs; made absolute, created if absent.
+
+        Its storage is that of `HARNESS_STORAGE`.
+        """
         root = Path(given or os.environ.get("HARNESS_HOME") or DEFAULT_HOME).expanduser()
         root = root.resolve()
         try:
@@ -33,7 +45,25 @@ class Home:
                 f"cannot create the home folder {root}: {error.strerror}. Choose another with "
                 "--home or HARNESS_HOME"
             ) from error
-        return cls(root)
+        return cls(root).shared(os.environ.get("HARNESS_STORAGE", ""))
+
+    def shared(self, storage: str) -> Home:
+        """With this storage, if one is given; a path of this machine is made absolute."""
+        scheme, separator, path = storage.rpartition("://")
+        if storage and scheme in ("", "file", "local"):
+            storage = scheme + separator + os.path.abspath(os.path.expanduser(path))
+        return replace(self, storage=storage) if storage else self
+
+    def on_this_node(self) -> Home:
+        """Where this node keeps its files: with a storage, in `HARNESS_NODE_HOME` if it is set."""
+        own = os.environ.get("HARNESS_NODE_HOME", "")
+        return (
+            replace(self, root=Path(own).expanduser().resolve()) if own and self.storage else self
+        )
+
+    def stop_file(self) -> Path:
+        """A new name for the file whose appearance asks a sweep to stop; it names the sweep too."""
+        return self.work / f"stop-{os.getpid()}-{secrets.token_hex(6)}"
 
     def database_url(self, given: str | None = None) -> str:
         """`given`, else `HARNESS_DB`, else the SQLite file in this folder."""

@@ -1,16 +1,18 @@
 """From spools to the database: the driver is the database's only writer.
 
+Where homes are not shared, the spools of all nodes are read from the storage.
 Appends are idempotent, so a spool may be read again after any crash. Records of trials and
 datasets are made here, and nowhere else.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from harness import datasets, spool
+from harness import datasets, spool, storage
 from harness.home import Home
 from harness.provenance import utc_now
 from harness.spec import TrialSpec
@@ -64,7 +66,9 @@ class Ingester:
 
     def __init__(self, store: Store, home: Home) -> None:
         self.store, self.home = store, home
+        self.storage = storage.of(home)
         self._offsets: dict[Path, int] = {}
+        self._seen: dict[str, set[str]] = {}  # stage id -> names in the storage
 
     def register(self, trials: Iterable[TrialSpec]) -> None:
         """Makes sure that trials and their datasets are in the database."""
@@ -79,20 +83,33 @@ class Ingester:
 
     def stage(self, stage_id: str) -> int:
         """Rows of one stage's spool that were new."""
-        return self._file(self.home.spool(stage_id))
+        if self.storage is None:
+            return self._file(self.home.spool(stage_id))
+        count, seen = 0, self._seen.setdefault(stage_id, set())
+        for name, lines in storage.new_rows(self.storage, stage_id, seen):
+            count += self.store.append(spool.parse(lines, f"{self.storage.url}: {name}"))
+            seen.add(name)
+        return count
 
     def leftovers(self) -> int:
-        """Rows that an earlier driver did not get to read, from all spools of this home.
+        """Rows that an earlier driver did not get to read, from all spools.
+
+        Of this home, but for stages that the storage knows, and of the storage.
 
         Spools of trials that this database does not know (it was moved or replaced) are left
         alone: they are read when a sweep plans these trials again.
         """
         count = 0
+        shared: list[str] = []
+        if self.storage is not None:
+            shared = storage.stages(self.storage)
         for path in sorted(self.home.work.glob("*/spool.jsonl")):
-            try:
-                count += self._file(path)
-            except MissingParentError:
-                continue
+            if path.parent.name not in shared:
+                with contextlib.suppress(MissingParentError):
+                    count += self._file(path)
+        for stage_id in shared:
+            with contextlib.suppress(MissingParentError):
+                count += self.stage(stage_id)
         return count
 
     def _file(self, path: Path) -> int:

@@ -317,6 +317,7 @@ def make_plan(
     registry: Registry | None = None,
     retry: Sequence[str] = ("failed",),
     sizes: StackSizes | None = None,
+    checkpoints: Callable[[str], list[int]] | None = None,
 ) -> Plan:
     """What is left of an experiment.
 
@@ -327,6 +328,7 @@ def make_plan(
         retry: statuses to run again. Unfinished trials always are; add "diverged" (or "done") to
             repeat results.
         sizes: how `run.max_stack: auto` is decided; without it, by `unmeasured_stack`.
+        checkpoints: steps of a stage's checkpoints by its id, where they are not below `work`.
 
     Raises:
         ValueError: if a trial's revision or config does not fit the installed algorithm.
@@ -344,7 +346,7 @@ def make_plan(
         if statuses.get(trial.id) in FINISHED and statuses[trial.id] not in retry
     )
     stages, last = unique_stages(trials, registry)
-    cached = frozenset(stage_id for stage_id in stages if artifacts.has(stage_id))
+    cached = artifacts.present(stages)
     finished = {trial.id for trial in done}
     todo: dict[str, list[TrialSpec]] = {}
     for trial in trials:
@@ -371,7 +373,8 @@ def make_plan(
         steps: dict[str, list[int]] = {stage.id: [] for stage in group}
         if not only:
             for stage in group:
-                found = checkpoint_steps(Path(work) / stage.id / "checkpoints")
+                folder = Path(work) / stage.id / "checkpoints"
+                found = checkpoints(stage.id) if checkpoints else checkpoint_steps(folder)
                 steps[stage.id] = usable_steps(stage, found, runs)
         stacks += [
             Stack(part, step, only, again) for part, step in _split(group, steps, most[name])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness.artifacts import ArtifactStore
+from harness import storage
 from harness.home import Home
 from harness.plan import Stage, unique_stages
 from harness.registry import Registry
@@ -48,7 +48,7 @@ def split(
 ) -> tuple[list[Trained], dict[str, str]]:
     """The trials that have a trained policy, in order, and why the others (by id) have none."""
     trials = list(trials)
-    artifacts = ArtifactStore(home.artifacts)
+    artifacts = storage.artifacts(home)
     runs = store.statuses([trial.id for trial in trials]) if trials else {}
     stages, last = unique_stages(trials, registry)
     trained: list[Trained] = []

@@ -24,6 +24,7 @@ from harness.memory import GIB, Capacity, Cost, available_bytes, peak_bytes, sta
 from harness.plan import Plan, Stack, Stage
 from harness.registry import Registry
 from harness.spec import RunOptions
+from harness.storage import Storage, StorageError
 from harness.trainer import Trainer, resolve_compile
 from harness.typed import config_to_dict, content_hash
 from harness.worker import KEPT_CHECKPOINTS, declared_stage, load_dataset
@@ -272,6 +273,9 @@ def check(plan: Plan, store: Store | None, home: Home, probe: Probe) -> list[Che
     found += [disk(plan, home, probe, capacity), *memory(plan, probe, capacity)]
     if store is not None:
         found.append(database(store))
+    shared = home.shared(plan.experiment.run.storage)
+    if shared.storage:
+        found.append(storage(shared))
     if not probe.problems:
         kinds = {stage.id: probe.cost(stage) for stage in wanted if stage.kind == "train"}
         tried = sum(cost is not None for cost in kinds.values())
@@ -370,6 +374,16 @@ def database(store: Store) -> Check:
     except Exception as error:  # a driver's own exceptions, explained by the store
         return Check("database", "bad", str(error))
     return Check("database", "ok", f"{store.url} can be written")
+
+
+def storage(home: Home) -> Check:
+    """Whether what nodes have in common can be written, read and deleted from here."""
+    try:
+        store = Storage(home.storage)
+        store.check()
+    except StorageError as error:
+        return Check("storage", "bad", str(error))
+    return Check("storage", "ok", f"{store.url} can be written")
 
 
 def machine_memory() -> Check:

@@ -216,6 +216,8 @@ class RunOptions:
         max_envs: most environments stepped at once per seed; returns do not depend on it.
         stale_after_s: a training without a gradient or environment step for so long is ended and
             tried again; longer than the first step's compilation. 0 is never.
+        storage: URL (fsspec's) of what nodes have in common where they share no home folder, see
+            `harness.storage`; empty is HARNESS_STORAGE, or a shared home.
     """
 
     device: str = "auto"
@@ -230,6 +232,7 @@ class RunOptions:
     max_concurrent: int = 0
     max_envs: int = 32
     stale_after_s: float = 3600.0
+    storage: str = ""
 
     def __post_init__(self) -> None:
         for name, least in (

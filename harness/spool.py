@@ -170,19 +170,27 @@ def read_from(path: str | os.PathLike[str], offset: int) -> tuple[list[Record], 
     except FileNotFoundError:
         return [], 0
     whole = data[: data.rfind(b"\n") + 1]
+    return parse(whole, str(path), offset), offset + len(whole)
+
+
+def parse(lines: bytes, place: str, position: int = 0) -> list[Record]:
+    """The records of whole lines, which are at byte `position` of a place that errors name.
+
+    Raises:
+        SpoolError: as `read`; its `records` are those before the damaged line.
+    """
     records: list[Record] = []
-    position = offset
-    for line in whole.split(b"\n")[:-1]:
+    for line in lines.split(b"\n")[:-1]:
         try:
             records.extend(_unpack(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SpoolError(
-                f"{path} is damaged in the line at byte {position}: {error}. Earlier lines can "
+                f"{place} is damaged in the line at byte {position}: {error}. Earlier lines can "
                 "be read; delete the line, or the stage's work folder to run it again",
                 records,
             ) from error
         position += len(line) + 1
-    return records, position
+    return records
 
 
 def _pack(records: Iterable[Any]) -> list[dict[str, Any]]:

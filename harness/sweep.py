@@ -6,7 +6,7 @@ what the database and the artifact store lack. Does not import ray.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -14,8 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from harness import watchdog
-from harness.artifacts import ArtifactStore
+from harness import storage, watchdog
 from harness.display import Display
 from harness.failures import EngineError, classify, kernel_oom_kills, with_end
 from harness.home import Home
@@ -26,6 +25,7 @@ from harness.provenance import utc_now
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
 from harness.spool import Spool, read
+from harness.storage import Hold, StackBusyError, StorageError
 from harness.worker import Job, Progress
 from results.records import RunRecord
 from results.store import Store
@@ -35,6 +35,8 @@ BUSY_RETRY_S = 30.0
 INGEST_EVERY_S = 10.0
 """Between two looks at the spool of a stack in progress: with hundreds of stacks that each report
 twice a second the driver would do nothing else."""
+INGEST_SHARED_EVERY_S = 60.0
+"""The same for a storage, where every look is a request over the network."""
 
 RunQueue = Callable[["Queue", Callable[[], None]], None]
 """What runs a queue to its end; `harness.tune.run_queue` outside tests of the planning alone."""
@@ -96,9 +98,19 @@ class Queue:
         for stack in self._ready():
             if self.busy_until.get(stack.id, 0.0) > now:
                 continue
+            if stack.id in self.busy_until and self._done_elsewhere(stack):
+                self.finished_stages.update(stage.id for stage in stack.stages)
+                self.display.end(stack.id, f"{title(stack)}: done by the other sweep")
+                continue
             self.running[stack.id] = stack
             return Job(stack, self.experiment.run, self.home, self.attempts, self.stop_file)
         return None
+
+    def _done_elsewhere(self, stack: Stack) -> bool:
+        """Whether the database has what another sweep was at; its work folder may be gone."""
+        ids = [trial.id for stage in stack.stages for trial in stage.trials]
+        runs = self.ingester.store.statuses(ids) if ids else {}
+        return bool(ids) and all(i in runs and runs[i].status == "done" for i in ids)
 
     def exhausted(self) -> bool:
         """No stack is running and none can become ready."""
@@ -112,9 +124,13 @@ class Queue:
         self.display.update(job.stack.id, title(job.stack), len(job.stack.seeds), progress)
         now = time.monotonic()
         if now >= self.ingest_at.get(job.stack.id, 0.0):
-            self.ingest_at[job.stack.id] = now + INGEST_EVERY_S
-            for stage in job.stack.stages:
-                self.ingester.stage(stage.id)
+            every = INGEST_SHARED_EVERY_S if self.home.storage else INGEST_EVERY_S
+            self.ingest_at[job.stack.id] = now + every
+            try:
+                for stage in job.stack.stages:
+                    self.ingester.stage(stage.id)
+            except StorageError as error:  # the stack's end asks again, and then it counts
+                self.display.line(f"[yellow]rows are late[/yellow]: {error}")
 
     def completed(self, job: Job, outcome: str, error: str = "") -> None:
         stack = self.running.pop(job.stack.id)
@@ -124,12 +140,12 @@ class Queue:
             self.busy_until[stack.id] = time.monotonic() + BUSY_RETRY_S
             return
         self.completed_stacks += 1
-        done, bad = [], []
+        done, bad, artifacts = [], [], storage.artifacts(self.home)
         for stage in stack.stages:
             if outcome == "failed":
                 self._record_failure(stage.id, error, "error")
             self.ingester.stage(stage.id)
-            if ArtifactStore(self.home.artifacts).has(stage.id):
+            if artifacts.has(stage.id):
                 self.finished_stages.add(stage.id)
                 done.append(stage)
             elif outcome != "interrupted":
@@ -208,6 +224,13 @@ class Queue:
 
     def _record_failure(self, stage_id: str, error: str, kind: str) -> None:
         """A worker that was killed could not say so itself: mark its last runs as failed."""
+        hold = Hold(self.home, [stage_id], self.stop_file.name)
+        with contextlib.suppress(StackBusyError), hold:  # or another sweep has gone on with it
+            self._append_failure(stage_id, error, kind)
+            hold.push_rows()
+            hold.forget()
+
+    def _append_failure(self, stage_id: str, error: str, kind: str) -> None:
         last: dict[str, RunRecord] = {}
         path = self.home.spool(stage_id)
         for record in read(path) if path.exists() else ():
@@ -257,7 +280,7 @@ def title(stack: Stack) -> str:
 def clean_up(home: Home, stage_ids: Iterable[str]) -> None:
     """Removes the work folders of published stages whose rows are all in the database."""
     for stage_id in stage_ids:
-        shutil.rmtree(home.stage(stage_id), ignore_errors=True)
+        storage.forget(home, stage_id)
 
 
 def plan_sweep(
@@ -276,14 +299,23 @@ def plan_sweep(
             not again once it was done.
         probe: what decides `run.max_stack: auto`, and what `preflight.check` goes on with.
     """
+    home = home.shared(experiment.run.storage)
     ingester = Ingester(store, home)
     probe = probe or Probe(experiment.run, registry or Registry())
     intact = probe.verify(trial.dataset_id for trial in experiment.trials)
     if register and intact:  # else `preflight.check` tells, with whatever else is wrong
         ingester.register(experiment.trials)
     ingester.leftovers()
-    artifacts = ArtifactStore(home.artifacts)
-    return make_plan(experiment, store, artifacts, home.work, registry, retry, probe.sizes)
+    return make_plan(
+        experiment,
+        store,
+        storage.artifacts(home),
+        home.work,
+        registry,
+        retry,
+        probe.sizes,
+        storage.checkpoint_steps(home),
+    )
 
 
 def run_sweep(
@@ -312,7 +344,8 @@ def run_sweep(
         PreflightError: if the sweep would fail; nothing was started.
     """
     started = time.monotonic()
-    stop_file = home.work / f"stop-{os.getpid()}"
+    home = home.shared(experiment.run.storage)
+    stop_file = home.stop_file()
     home.work.mkdir(parents=True, exist_ok=True)
     trained, interrupted = 0, False
     given_up: dict[str, str] = {}
@@ -346,6 +379,7 @@ def run_sweep(
 
                 def on_interrupt(display: Display = display) -> None:
                     stop_file.touch()
+                    storage.ask_to_stop(home, stop_file.name)
                     display.line(
                         "[yellow]stopping[/yellow]: each stack writes a checkpoint where it is. "
                         "Ctrl-C again stops now (back to the last checkpoint)"
@@ -367,6 +401,8 @@ def run_sweep(
     except KeyboardInterrupt:
         interrupted = True
     finally:
+        if stop_file.exists():
+            storage.was_stopped(home, stop_file.name)
         stop_file.unlink(missing_ok=True)
         Ingester(store, home).leftovers()
     seconds = time.monotonic() - started
@@ -421,6 +457,9 @@ def prepare_attempts(
                 for trial_id in again:
                     attempts[trial_id] += 1
                 if again:
+                    kept = storage.checkpoints(home, stage.id)
+                    for name in kept.ids():
+                        kept.remove(name)
                     shutil.rmtree(home.checkpoints(stage.id), ignore_errors=True)
     return attempts
 

@@ -17,7 +17,7 @@ import torch
 
 from algorithms.api import Batch
 from algorithms.blocks.rng import Rng, Stream
-from harness.artifacts import ArtifactStore
+from harness import storage
 from harness.datasets.catalog import resolve
 from harness.datasets.errors import DatasetError
 from harness.datasets.writing import refuse_existing, write_dataset
@@ -66,7 +66,8 @@ def generated(
         DatasetError, ArtifactError: if data or artifacts are missing or damaged.
     """
     registry = registry or Registry()
-    plan = make_plan(experiment, store, ArtifactStore(home.artifacts), home.work, registry)
+    home = home.shared(experiment.run.storage)
+    plan = make_plan(experiment, store, storage.artifacts(home), home.work, registry)
     stages = {trial.id: stage for stage in plan.stages.values() for trial in stage.trials}
     device = resolve_device(experiment.run.device)
     left_out: dict[str, str] = {}

@@ -1,8 +1,9 @@
 """A share of a sweep in this process, without Ray and without writing to the database.
 
 For schedulers that start many independent jobs (a Slurm array): every job works on its own trials
-in the same home folder. What they leave behind are spools and artifacts; the sweep that is run
-last, by whomever, takes them into the database and finishes what a job did not.
+in the same home folder, or with the same storage. What they leave behind are spools and artifacts;
+the sweep that is run last, by whomever, takes these rows into the database and finishes what a job
+did not.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness.artifacts import ArtifactStore
+from harness import storage
 from harness.home import Home
 from harness.plan import Stack, balanced, make_plan, unmeasured_stack
 from harness.preflight import Probe, check, refuse
@@ -95,9 +96,18 @@ def work(
         stop_file: when it appears, the stack in progress writes a checkpoint and nothing more is
             started.
     """
-    artifacts = ArtifactStore(home.artifacts)
+    home = home.shared(experiment.run.storage)
+    artifacts = storage.artifacts(home)
     probe = Probe(experiment.run, registry or Registry())
-    plan = make_plan(experiment, store, artifacts, home.work, registry, sizes=probe.sizes)
+    plan = make_plan(
+        experiment,
+        store,
+        artifacts,
+        home.work,
+        registry,
+        sizes=probe.sizes,
+        checkpoints=storage.checkpoint_steps(home),
+    )
     refuse(check(plan, None, home, probe))
     ids = [trial.id for trial in experiment.trials]
     runs = store.statuses(ids) if store is not None else {}

@@ -3,11 +3,13 @@
 Owns the order in which things reach the disk. At a boundary (end of a chunk): metrics, then
 evaluations, are spooled; then the checkpoint is published; at the end the artifact is published
 before the run is called done. A kill at any point therefore loses at most the steps since the
-last checkpoint, and replayed rows carry the same keys. Knows neither Ray nor the database.
+last checkpoint, and replayed rows carry the same keys. Where homes are not shared the same order
+holds for what is pushed to the storage. Knows neither Ray nor the database.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import time
@@ -24,7 +26,7 @@ from filelock import FileLock, Timeout
 from algorithms.api import DatasetSpec, Make, Recipe, StageInput, Train
 from algorithms.blocks.layers import set_precision
 from algorithms.blocks.rng import Rng, Stream
-from harness import datasets, environments, provenance
+from harness import datasets, environments, provenance, storage
 from harness.artifacts import ArtifactStore
 from harness.evaluate import Evaluator
 from harness.home import Home
@@ -40,6 +42,7 @@ from harness.plan import (
 from harness.registry import Registry
 from harness.spec import EvaluationSpec, RunOptions
 from harness.spool import Spool, read
+from harness.storage import ROWS_EVERY_S, Hold, StackBusyError, StorageError
 from harness.trainer import (
     STOP_CHECK_S,
     Divergence,
@@ -65,7 +68,7 @@ class Job:
     run: RunOptions
     home: Home
     attempts: Mapping[str, int]  # trial id -> the attempt these rows belong to
-    stop_file: Path | None = None  # appears when the user asks the sweep to stop
+    stop_file: Path | None = None  # appears when the user asks the sweep to stop, and names it
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,6 @@ class Progress:
     last_return: float | None = None  # mean over seeds and episodes of the last evaluation
     phase: str = "train"  # load, compile, generate, train, evaluate, done, interrupted
     notice: str = ""
-
-
-class StackBusyError(RuntimeError):
-    """Another process is training one of these seeds."""
 
 
 class _Stopped(Exception):
@@ -103,28 +102,41 @@ def run_stack(
     continue from the newest checkpoint they have in common.
 
     Raises:
-        StackBusyError: if another process holds one of the seeds.
+        StackBusyError: if another process holds one of the seeds, or took it over.
+        StorageError: if the storage that nodes have in common cannot be used.
         DatasetError: if the data are missing or are not those that were planned.
         Exception: whatever the algorithm or an environment raises, after the affected runs have
             been spooled as failed with the traceback.
     """
     if _should_stop(job):
         return "interrupted"  # it was waiting for resources when the user stopped the sweep
-    registry = registry or Registry()
+    job = replace(job, home=job.home.on_this_node())
+    sweep = job.stop_file.name if job.stop_file is not None else ""
+    hold = Hold(job.home, [stage.id for stage in job.stack.stages], sweep)
     with ExitStack() as locks:
         for stage in job.stack.stages:
             locks.enter_context(_locked(job.home.stage(stage.id)))
-        first = job.stack.stages[0]
-        recipe = registry.get(first.algorithm)
-        declared = declared_stage(recipe, first)
-        if isinstance(declared, Make):
-            return _run_make(job, declared, report)
-        watchdog = Watchdog(job.home.stale(first.id), job.run.stale_after_s)
-        locks.enter_context(watchdog)
+        locks.enter_context(hold)
+        outcome = _run_held(job, report, registry or Registry(), hold)
+        if outcome != "interrupted":
+            hold.forget()
+    return outcome
+
+
+def _run_held(job: Job, report: Callable[[Progress], None], registry: Registry, hold: Hold) -> str:
+    """`run_stack`, once no other process can be at work on the stack."""
+    artifacts = storage.artifacts(job.home)
+    if all(not stage.trials and artifacts.has(stage.id) for stage in job.stack.stages):
+        return "done"  # another sweep made them while this one waited for it
+    first = job.stack.stages[0]
+    declared = declared_stage(registry.get(first.algorithm), first)
+    if isinstance(declared, Make):
+        return _run_make(job, declared, report, hold)
+    with Watchdog(job.home.stale(first.id), job.run.stale_after_s) as watchdog:
         outcomes = []
         for stages, resume_step, trained in _parts(job):
             part = replace(job, stack=replace(job.stack, stages=stages, resume_step=resume_step))
-            outcomes.append(_TrainingRun(part, declared, report, trained, watchdog).run())
+            outcomes.append(_TrainingRun(part, declared, report, trained, watchdog, hold).run())
             if outcomes[-1] == "interrupted":
                 return "interrupted"
     return "diverged" if outcomes and set(outcomes) == {"diverged"} else "done"
@@ -141,11 +153,10 @@ def _parts(job: Job) -> Iterator[tuple[tuple[Stage, ...], int, bool]]:
     if trained:
         yield trained, 0, True
     rest = [stage for stage in left if stage not in trained]
-    steps = {}
+    steps, found = {}, storage.checkpoint_steps(job.home)
     for stage in rest:
         runs = {run.trial_id: run for run in _last_runs(job, stage).values()}
-        found = checkpoint_steps(job.home.checkpoints(stage.id))
-        steps[stage.id] = usable_steps(stage, found, runs)
+        steps[stage.id] = usable_steps(stage, found(stage.id), runs)
     for step, ids in resume_groups(steps):
         yield tuple(stage for stage in rest if stage.id in ids), step, False
 
@@ -171,7 +182,7 @@ def _is_trained(job: Job, stage: Stage) -> bool:
     An artifact alone is not enough: a new trial may ask for evaluations along the way, and then
     the plan has it trained again.
     """
-    if not ArtifactStore(job.home.artifacts).has(stage.id):
+    if not storage.artifacts(job.home).has(stage.id):
         return False
     last = _last_runs(job, stage)
     return job.stack.evaluate_only or (
@@ -288,7 +299,7 @@ def load_trained(
     Raises:
         ArtifactError: if the stage has no artifact, or it is damaged.
     """
-    store = ArtifactStore(home.artifacts)
+    store = storage.artifacts(home)
     declared = declared_stage(registry.get(stage.algorithm), stage)
     if not isinstance(declared, Train):
         raise ValueError(f"stage {stage.name!r} of {stage.algorithm} trains nothing")
@@ -320,12 +331,12 @@ class MakeOutput:
         self.arrays[name] = values.detach().cpu()
 
 
-def _run_make(job: Job, declared: Make, report: Callable[[Progress], None]) -> str:
+def _run_make(job: Job, declared: Make, report: Callable[[Progress], None], hold: Hold) -> str:
     device = resolve_device(job.run.device)
     first = job.stack.stages[0]
     report(Progress(0, 1, 0.0, phase="load"))
     dataset = _stack_dataset(first, device)
-    inputs = _load_inputs(ArtifactStore(job.home.artifacts), job.stack.stages, declared, device)
+    inputs = _load_inputs(storage.artifacts(job.home), job.stack.stages, declared, device)
     seeds = torch.tensor(job.stack.seeds, dtype=torch.int64, device=device)
     rng = Rng(seeds, torch.zeros_like(seeds), Stream.MAKE)
     out = MakeOutput(len(job.stack.seeds), report)
@@ -333,12 +344,15 @@ def _run_make(job: Job, declared: Make, report: Callable[[Progress], None]) -> s
         declared.function(declared.config, dataset, inputs, rng, out)
     for index, stage in enumerate(job.stack.stages):
         state = {name: values[index : index + 1].clone() for name, values in out.arrays.items()}
-        _publish(job, stage, state, None)
+        _publish(job, stage, state, None, hold)
+    hold.push_rows()
     report(Progress(1, 1, 0.0, phase="done"))
     return "done"
 
 
-def _publish(job: Job, stage: Stage, state: Mapping[str, torch.Tensor], run: str | None) -> None:
+def _publish(
+    job: Job, stage: Stage, state: Mapping[str, torch.Tensor], run: str | None, hold: Hold
+) -> None:
     """Publishes a stage's final state with its spool, then drops its checkpoints."""
     spool = job.home.spool(stage.id)
 
@@ -355,9 +369,10 @@ def _publish(job: Job, stage: Stage, state: Mapping[str, torch.Tensor], run: str
         "git_commit": provenance.git_state()[0],
         "git_dirty": provenance.git_state()[1],
     }
-    record = ArtifactStore(job.home.artifacts).publish(stage.id, write, manifest)
+    record = storage.artifacts(job.home).publish(stage.id, write, manifest)
     with Spool(spool) as rows:
         rows.append(record)
+    hold.push_checkpoints(stage.id, [])
     shutil.rmtree(job.home.checkpoints(stage.id), ignore_errors=True)
 
 
@@ -371,8 +386,9 @@ class _TrainingRun:
         report: Callable[[Progress], None],
         trained: bool,
         watchdog: Watchdog,
+        hold: Hold,
     ) -> None:
-        self.job, self.declared, self._tell = job, declared, report
+        self.job, self.declared, self._tell, self.hold = job, declared, report, hold
         self.watchdog, self._asked = watchdog, 0.0
         self.stages = job.stack.stages
         self.spools = [Spool(job.home.spool(stage.id)) for stage in self.stages]
@@ -383,7 +399,7 @@ class _TrainingRun:
         self.device = resolve_device(job.run.device)
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, int(job.run.cpus_per_stack)))
-        self.store = ArtifactStore(job.home.artifacts)
+        self.store = storage.artifacts(job.home)
         # Trained already, but a trial (another evaluation protocol, or a kill between the
         # artifact and its last row) still needs rows: evaluate the final policy only.
         self.trained = trained
@@ -472,14 +488,19 @@ class _TrainingRun:
 
     def run(self) -> str:
         try:
-            return self._run()
-        except KeyboardInterrupt:
+            self.hold.push_rows()
+            outcome = self._run()
+            self.hold.push_rows()
+            return outcome
+        except (KeyboardInterrupt, StackBusyError):
             raise
         except Exception:
             for index, alive in enumerate(self.alive):
                 if alive and self.runs[index]:
                     done = next(iter(self.runs[index].values())).steps_done
                     self._set_status(index, "failed", done, traceback.format_exc())
+            with contextlib.suppress(StorageError, StackBusyError):  # the first error is told
+                self.hold.push_rows()
             raise
 
     def _run(self) -> str:
@@ -510,7 +531,7 @@ class _TrainingRun:
         elif self.job.stack.resume_step:
             name = checkpoint_name(self.job.stack.resume_step)
             states = [
-                ArtifactStore(self.job.home.checkpoints(stage.id)).load_state(name)
+                storage.checkpoints(self.job.home, stage.id).load_state(name)
                 for stage in self.stages
             ]
         else:
@@ -551,8 +572,9 @@ class _TrainingRun:
             rate = chunk.steps_per_second
             self.report(self._progress(trainer, rate, "train"))
             self._evaluate_at(trainer, evaluations, rate)
+            self.hold.push_rows(ROWS_EVERY_S)
             if target < steps:
-                if _should_stop(self.job):
+                if self._stopping():
                     return self._interrupted(trainer)
                 if target % run.checkpoint_every == 0:
                     self._checkpoint(trainer)
@@ -561,7 +583,7 @@ class _TrainingRun:
     def _stopping(self) -> bool:
         """Whether the user asked the sweep to stop; asked while a chunk goes on."""
         self.watchdog.feed()
-        return _should_stop(self.job)
+        return _should_stop(self.job) or self.hold.asked_to_stop
 
     def _interrupted(self, trainer: Trainer) -> str:
         """Keeps what is done, also within a chunk or before an evaluation that is due."""
@@ -675,6 +697,7 @@ class _TrainingRun:
     def _checkpoint(self, trainer: Trainer) -> None:
         """Publishes one checkpoint per living seed, then forgets all but the last two."""
         name = checkpoint_name(trainer.steps_done)
+        complete: dict[str, list[str]] = {}  # stage id -> names of the last checkpoints
         for index, stage in enumerate(self.stages):
             if not self.alive[index]:
                 continue
@@ -689,6 +712,10 @@ class _TrainingRun:
             kept = [step for step in found if step <= trainer.steps_done][-KEPT_CHECKPOINTS:]
             for step in set(found) - set(kept):  # older ones, and leftovers of another trial
                 shutil.rmtree(folder / checkpoint_name(step), ignore_errors=True)
+            complete[stage.id] = [checkpoint_name(step) for step in kept]
+        self.hold.push_rows()  # first: whoever continues from a checkpoint needs the rows before it
+        for stage_id, names in complete.items():
+            self.hold.push_checkpoints(stage_id, names)
 
     def _finish(self, trainer: Trainer) -> str:
         for index, stage in enumerate(self.stages):
@@ -697,7 +724,8 @@ class _TrainingRun:
                 if not self.trained:
                     self._set_status(index, "running", trainer.steps_done, None)
                     run = runs[0].run_id if runs else None
-                    _publish(self.job, stage, trainer.seed_state(index), run)
+                    self.hold.push_rows()
+                    _publish(self.job, stage, trainer.seed_state(index), run, self.hold)
                 self._set_status(index, "done", trainer.steps_done, None)
         outcome = "done" if any(self.alive) else "diverged"
         self.report(self._progress(trainer, 0.0, outcome))

@@ -30,7 +30,8 @@ def _one_torch_thread():
 def _isolated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """No test reads or writes the user's results, and none meets the user's Ray cluster."""
     monkeypatch.setenv("HARNESS_HOME", str(tmp_path / "runs"))
-    for name in ("HARNESS_DB", "RAY_ADDRESS", "HARNESS_DEBUG"):
+    unset = ("HARNESS_DB", "HARNESS_STORAGE", "HARNESS_NODE_HOME", "RAY_ADDRESS", "HARNESS_DEBUG")
+    for name in unset:
         monkeypatch.delenv(name, raising=False)
 
 

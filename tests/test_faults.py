@@ -174,7 +174,8 @@ def test_clocks_that_differ_by_an_hour_make_nothing_stale_and_hide_no_outcome(
             return {run.status for run in store.statuses().values()}
 
     off_by(+1)
-    stop = home.work / f"stop-{os.getpid()}"
+    stop = home.stop_file()
+    monkeypatch.setattr(inline.Home, "stop_file", lambda home: stop)
     report = Ingester.stage
 
     def stop_soon(self, stage_id: str) -> int:
