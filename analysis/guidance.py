@@ -67,23 +67,24 @@ class Report:
 
     trials: pd.DataFrame  # dataset_id, label, seed, coef and a column for each of PANELS
     means: pd.DataFrame  # dataset_id, label, coef, quantity, mean, low, high, seeds
-    digest: str  # sha256 of the file
+    digests: tuple[str, ...]  # sha256 of each file
 
 
-def read(file: Path) -> Report:
-    """The report of a file that `harness synthetic` wrote.
+def read(*files: Path) -> Report:
+    """The report of files that `harness synthetic` wrote, of one experiment.
 
     Raises:
-        ValueError: if it is another table.
+        ValueError: if one is another table, or two have the same trial and strength.
     """
-    table = pd.read_parquet(file)
-    needed = {"dataset_id", "label", "seed", "coef", "index", *PANELS} - {"late_error"}
-    if missing := sorted(needed - set(table.columns)):
-        raise ValueError(
-            f"{file} lacks the columns {', '.join(missing)}; expected a file that "
-            "`harness synthetic` wrote"
-        )
+    table = pd.concat([_table(file) for file in files], ignore_index=True)
     keys = ["dataset_id", "label", "seed", "coef"]
+    twice = table[table.duplicated([*keys, "index"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise ValueError(
+            f"{first.label} on {first.dataset_id}, seed {first.seed}, strength {first.coef} is in "
+            f"{', '.join(map(str, files))} more than once"
+        )
     late = table[table["index"] >= LATE * (table["index"].max() + 1)]
     trials = table.groupby(keys, dropna=False)[[c for c in PANELS if c != "late_error"]].mean()
     trials["late_error"] = late.groupby(keys, dropna=False)["dynamics_error"].mean()
@@ -106,8 +107,19 @@ def read(file: Path) -> Report:
                         "seeds": len(values),
                     }
                 )
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return Report(trials, pd.DataFrame(rows), digest)
+    digests = tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    return Report(trials, pd.DataFrame(rows), digests)
+
+
+def _table(file: Path) -> pd.DataFrame:
+    table = pd.read_parquet(file)
+    needed = {"dataset_id", "label", "seed", "coef", "index", *PANELS} - {"late_error"}
+    if missing := sorted(needed - set(table.columns)):
+        raise ValueError(
+            f"{file} lacks the columns {', '.join(missing)}; expected a file that "
+            "`harness synthetic` wrote"
+        )
+    return table
 
 
 def figure(report: Report) -> Figure:
@@ -183,7 +195,9 @@ def compare(report: Report, levels: Mapping[str, str] | None = None) -> list[Com
 
 def _comparisons(trials: pd.DataFrame, levels: Mapping[str, str]) -> Iterator[Comparison]:
     guided = trials[trials.coef > 0].groupby(["dataset_id", "label", "coef"])
-    for (dataset_id, label, coef), rows in guided:
+    key: tuple[str, str, float]
+    for key, rows in guided:  # type: ignore[assignment]
+        dataset_id, label, coef = key
         of_dataset = trials[trials.dataset_id == dataset_id]
         without = of_dataset[(of_dataset.label == label) & (of_dataset.coef == 0)]
         found = [(LIKELIER, "", without)]
@@ -193,7 +207,7 @@ def _comparisons(trials: pd.DataFrame, levels: Mapping[str, str]) -> Iterator[Co
         for claim, beside, others in found:
             differences = _differences(rows, others, claim)
             yield Comparison(
-                *(claim, dataset_id, label, coef, beside, len(differences)), judge([differences])
+                claim, dataset_id, label, coef, beside, len(differences), judge([differences])
             )
 
 
@@ -237,7 +251,8 @@ def markdown(report: Report, comparisons: Sequence[Comparison]) -> str:
     caption = (
         "Differences seed by seed with 95 % t intervals; holds: the interval is above 0 (above 1 "
         "for ratios, which are the other's error over ours, means of logarithms). Not corrected "
-        f"for their number ({len(comparisons)}). File sha256 {report.digest}."
+        f"for their number ({len(comparisons)}). sha256 of what was measured: "
+        f"{', '.join(report.digests)}."
     )
     table = markdown_table(list(HEADER), rows(comparisons))
     return "\n\n".join(("# Generated data", table, caption)) + "\n"
@@ -252,7 +267,7 @@ def write(report: Report, out: Path, comparisons: Sequence[Comparison] = ()) -> 
     for name, table in tables.items():
         table.to_csv(out / name, index=False, lineterminator="\n")
     source = {
-        "file_sha256": report.digest,
+        "files_sha256": list(report.digests),
         "numbers": json.loads(report.means.to_json(orient="records")),
     }
     return [

@@ -1092,7 +1092,7 @@ def bandit(
 
 @app.command()
 def guidance(
-    file: Annotated[Path, typer.Argument(help="What `harness synthetic` wrote.")],
+    files: Annotated[list[Path], typer.Argument(help="What `harness synthetic` wrote.")],
     beside: Annotated[
         list[str] | None,
         typer.Option(help="GUIDED=LEVEL: labels to compare, such as guided data and a model's."),
@@ -1105,11 +1105,14 @@ def guidance(
     """Judge and draw generated data by strength of guidance: errors, likelihood."""
     from analysis import guidance as report
 
-    pairs = [tuple(pair.partition("=")[::2]) for pair in beside or []]
-    if wrong := [pair for pair, parts in zip(beside or [], pairs, strict=True) if not all(parts)]:
-        raise ValueError(f"--beside {wrong[0]!r} is not a pair; expected GUIDED=LEVEL")
-    built = report.read(file)
-    comparisons = report.compare(built, dict(pairs))
+    levels = {}
+    for pair in beside or []:
+        guided, _, level = pair.partition("=")
+        if not (guided and level):
+            raise ValueError(f"--beside {pair!r} is not a pair; expected GUIDED=LEVEL")
+        levels[guided] = level
+    built = report.read(*files)
+    comparisons = report.compare(built, levels)
     paths = report.write(built, out, comparisons)
     if as_json:
         found = [dict(zip(report.HEADER, row, strict=True)) for row in report.rows(comparisons)]

@@ -63,7 +63,7 @@ def test_the_figure_comes_with_its_numbers(file, tmp_path):
     paths = guidance.write(report, tmp_path / "out")
     assert all(path.stat().st_size > 0 for path in paths)
     (source,) = [path for path in paths if path.suffix == ".json"]
-    assert json.loads(source.read_text())["file_sha256"] == report.digest
+    assert json.loads(source.read_text())["files_sha256"] == list(report.digests)
     drawn = guidance.figure(report)
     assert len(drawn.axes) == 5
     assert {text.get_text() for text in drawn.legends[0].get_texts()} == {"guided", "model"}
@@ -98,6 +98,15 @@ def test_the_command_needs_pairs_and_prints_the_comparisons(file, tmp_path):
     assert "guided" in (tmp_path / "out" / "guidance.md").read_text()
     wrong = CliRunner().invoke(cli.app, [*arguments, "guided"])
     assert "expected GUIDED=LEVEL" in str(wrong.exception)
+
+
+def test_files_of_several_datasets_are_one_report_and_none_counts_twice(file, tmp_path):
+    other = tmp_path / "other.parquet"
+    pd.read_parquet(file).assign(dataset_id="test/b-v0").to_parquet(other)
+    report = guidance.read(file, other)
+    assert set(report.means.dataset_id) == {"test/a-v0", "test/b-v0"}
+    with pytest.raises(ValueError, match="more than once"):
+        guidance.read(file, file)
 
 
 def test_another_table_is_refused(tmp_path):
