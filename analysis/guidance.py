@@ -125,6 +125,7 @@ def _table(file: Path) -> pd.DataFrame:
 def figure(report: Report) -> Figure:
     """A row for each dataset, a column for each measured quantity."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure_style()
     datasets = sorted(report.means.dataset_id.unique())
@@ -138,6 +139,7 @@ def figure(report: Report) -> Figure:
         layout="constrained",
     )
     handles: dict[str, Any] = {}
+    strengths = sorted(report.means.coef.dropna().unique())
     for i, dataset_id in enumerate(datasets):
         for j, quantity in enumerate(quantities):
             axis = axes[i, j]
@@ -145,10 +147,15 @@ def figure(report: Report) -> Figure:
             for label, rows in report.means[chosen].groupby("label"):
                 handles[str(label)] = _draw(axis, rows, colours[label])
             axis.set_xscale("symlog", linthresh=0.1)
+            axis.set_xticks(strengths, [f"{strength:g}" for strength in strengths])
+            axis.set_xlim(left=-0.02)
             if quantity.endswith("error"):
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_title(PANELS[quantity] if i == 0 else "")
-            axis.set_ylabel(dataset_id if j == 0 else "")
+            axis.set_ylabel(dataset_id.replace("/", "/\n", 1) if j == 0 else "", fontsize="small")
             axis.set_xlabel("strength of guidance" if i == len(datasets) - 1 else "")
     made.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4)
     counts = report.means.seeds
