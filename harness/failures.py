@@ -29,7 +29,7 @@ would meet them again."""
 _OUT_OF_MEMORY = re.compile(
     r"\bMemoryError\b|\b_ArrayMemoryError\b|OutOfMemoryError|CUDA out of memory|std::bad_alloc"
     r"|DefaultCPUAllocator: (can't|not enough)|[Cc]annot allocate memory"
-    r"|node running low on memory"
+    r"|node running low on memory|address the out of memory issue"
 )
 """Python, NumPy, torch on GPU and CPU, C++, the system, and Ray's memory monitor."""
 _DIED = re.compile(rf"{WORKER_DIED}|worker process has died|ActorDiedError|actor died unexpected")
@@ -58,6 +58,13 @@ def classify(error: str, stale: bool = False, oom_kills: int = 0) -> Kind:
     if _DIED.search(error):
         return "out of memory" if oom_kills else "killed"
     return "error"
+
+
+def telling_line(error: str) -> str:
+    """The line of an error's text that says why: about memory if one is, else the last."""
+    lines = [line.strip() for line in error.strip().splitlines() if line.strip()]
+    of_memory = (line for line in lines if _OUT_OF_MEMORY.search(line))
+    return next(of_memory, lines[-1] if lines else "no message")
 
 
 def kernel_oom_kills(path: Path = Path("/proc/vmstat")) -> int:

@@ -37,7 +37,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from harness.failures import NOT_RETRIED, WORKER_DIED, EngineError
+from harness.failures import NOT_RETRIED, WORKER_DIED, EngineError, telling_line
 from harness.spec import RunOptions
 from harness.stopping import interruptible
 from harness.worker import Job, Progress, StackBusyError, run_stack
@@ -125,12 +125,6 @@ def _error_text(trial: Any) -> str:
             with open(trial.error_file, encoding="utf-8") as file:
                 return file.read().strip()[-4000:]
     return f"{WORKER_DIED} (killed, or out of memory)"
-
-
-def _last_line(error: BaseException) -> str:
-    """What a chain of exceptions says about itself; Tune wraps tracebacks as text."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
 @functools.cache
@@ -287,7 +281,8 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
         with interruptible(on_interrupt), _quiet_logs():
             tuner.fit()
     except Exception as error:
-        raise EngineError(f"Ray Tune ended: {_last_line(error)}") from error
+        why = f"{type(error).__name__}: {telling_line(str(error))}"
+        raise EngineError(f"Ray Tune ended: {why}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

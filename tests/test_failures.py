@@ -10,7 +10,7 @@ import psutil
 import pytest
 from small_catalog import PLUGIN
 
-from harness.failures import EngineError, classify, kernel_oom_kills
+from harness.failures import EngineError, classify, kernel_oom_kills, telling_line
 from results.store import Store
 from tests import inline
 from tests.processes import REPOSITORY, harness
@@ -45,6 +45,13 @@ def segments(home: Path) -> dict[int, list[tuple[int, str | None]]]:
     }
 
 
+def test_the_line_about_memory_is_told_else_the_last():
+    monitor = "Task was killed due to the node running low on memory.\nSee the docs\nAdvice\n"
+    assert telling_line(monitor) == "Task was killed due to the node running low on memory."
+    assert telling_line("Traceback\n  there\nKeyError: 3\n") == "KeyError: 3"
+    assert telling_line("") == "no message"
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -55,6 +62,7 @@ def segments(home: Path) -> dict[int, list[tuple[int, str | None]]]:
         ("Traceback\nMemoryError", "out of memory"),
         ("AssertionError: <class 'ray.exceptions.OutOfMemoryError'>", "out of memory"),
         ("Task was killed due to the node running low on memory.", "out of memory"),
+        ("RuntimeError: Refer to ... how to address the out of memory issue: URL", "out of memory"),
         ("the worker process died (killed, or out of memory)", "killed"),
         ("The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
          "Some common causes include: (1) the process was killed by the OOM killer", "killed"),
