@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from harness.registry import Registry
 from results import archive
@@ -251,9 +252,12 @@ def tracked_text() -> Iterator[tuple[str, int, str]]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a text file, or the records of an archive of results."""
-    if path.suffix == ".parquet":
+    """Lines of a text file, the records of an archive of results, the rows of another table."""
+    if path.name == "rows.parquet":
         return [repr(record) for record in archive.read(path)]
+    if path.suffix == ".parquet":
+        table = parquet.read_table(path)
+        return [repr(table.schema.metadata), *map(repr, table.to_pylist())]
     return path.read_text(encoding="utf-8").splitlines()
 
 
