@@ -15,6 +15,7 @@ A negative margin claims "not worse by more than". Owns the verdicts, their tabl
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json as json_module
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -39,7 +40,7 @@ Verdict = Literal["holds", "fails", "open"]
 
 CONFIDENCE = 0.95
 POWER = 0.8
-MOST_SEEDS = 1000  # more are called "no number of seeds"
+MOST_SEEDS = 1000  # more are not counted
 EVERYWHERE = "mean over tasks"
 COLOURS = dict(
     zip(("holds", "fails", "open"), (SERIES_COLOURS[2], SERIES_COLOURS[3], "0.55"), strict=True)
@@ -248,28 +249,33 @@ def _finding(
 # ---------------------------------------------------------------------------------------- forms
 
 
+def by_claim(findings: Iterable[Finding]) -> list[tuple[Claim, list[Finding]]]:
+    """Each claim with its findings, which follow one another."""
+    groups = (list(group) for _, group in itertools.groupby(findings, lambda f: id(f.claim)))
+    return [(group[0].claim, group) for group in groups]
+
+
 def tables(report: Report) -> list[tuple[str, list[list[str]]]]:
     """Each claim in words, and its findings as rows of text under `HEADER[1:]`."""
-    found: list[tuple[str, list[list[str]]]] = []
-    previous = None
-    for finding in report.findings:
-        claim, judged = finding.claim, finding.judgement
-        if claim is not previous:
-            margin = f" by more than {claim.margin:g}" if claim.margin else ""
-            found.append((f"{claim.text} ({claim.better} above {claim.than}{margin})", []))
-        previous = claim
-        found[-1][1].append(
-            [
-                finding.task + " (raw return)" * (finding.unit == "return"),
-                "–".join(map(str, sorted({min(finding.seeds), max(finding.seeds)}))),
-                _number(finding.better),
-                _number(finding.than),
-                "–" if judged.difference is None else _signed(judged.difference),
-                judged.verdict,
-                judged.remark,
-            ]
-        )
+    found = []
+    for claim, findings in by_claim(report.findings):
+        margin = f" by more than {claim.margin:g}" if claim.margin else ""
+        text = f"{claim.text} ({claim.better} above {claim.than}{margin})"
+        found.append((text, [_row(finding) for finding in findings]))
     return found
+
+
+def _row(finding: Finding) -> list[str]:
+    judged = finding.judgement
+    return [
+        finding.task + " (raw return)" * (finding.unit == "return"),
+        "–".join(map(str, sorted({min(finding.seeds), max(finding.seeds)}))),
+        _number(finding.better),
+        _number(finding.than),
+        "–" if judged.difference is None else judged.difference.text(1, sign="+"),
+        judged.verdict,
+        judged.remark,
+    ]
 
 
 def rows(report: Report) -> list[list[str]]:
@@ -283,12 +289,6 @@ def rows(report: Report) -> list[list[str]]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
-
-
-def _signed(difference: stats.Estimate) -> str:
-    if difference.low is None or difference.high is None:
-        return f"{difference.value:+.1f}"
-    return f"{difference.value:+.1f} [{difference.low:+.1f}, {difference.high:+.1f}]"
 
 
 def caption(report: Report) -> str:
@@ -347,33 +347,27 @@ def json(report: Report) -> str:
     return json_module.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
-def figure(report: Report) -> Figure:
-    """A line for each finding in points: its interval beside zero and its margin.
-
-    Raises:
-        ValueError: if no finding has a difference in points.
-    """
+def figure(report: Report) -> Figure | None:
+    """A line for each finding in points: its interval beside zero and its margin; None without."""
     drawn = [
         finding
         for finding in report.findings
         if finding.unit == "points" and finding.judgement.difference is not None
     ]
     if not drawn:
-        raise ValueError("no claim has a difference of normalised scores to draw")
+        return None
     figure_style()
     import matplotlib.pyplot as plt
 
-    groups: dict[int, list[Finding]] = {}
-    for finding in drawn:
-        groups.setdefault(id(finding.claim), []).append(finding)
+    groups = by_claim(drawn)
     lines = len(drawn) + len(groups)
     made, axis = plt.subplots(figsize=(6.4, 0.21 * lines + 1.1), layout="constrained")
     places: list[float] = []
     names: list[str] = []
     place = 0.0
-    for group in groups.values():
+    for claim, group in groups:
         place -= 1
-        text = f"{group[0].claim.better} over {group[0].claim.than}"
+        text = f"{claim.better} over {claim.than}"
         axis.text(0.01, place, text, transform=axis.get_yaxis_transform(), fontsize="x-small",
                   weight="bold", va="center")  # fmt: skip
         for finding in group:
@@ -425,8 +419,7 @@ def write(report: Report, out: Path) -> list[Path]:
         "interval": "paired Student t over seeds",
         "findings": records(report),
     }
-    try:
-        made = figure(report)
-    except ValueError:
+    made = figure(report)
+    if made is None:
         return paths  # raw returns only: the table has them
     return [*paths, *save_figure(made, out / "claims_figure", source)]

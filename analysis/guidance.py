@@ -19,7 +19,7 @@ import pandas as pd
 
 from analysis.claims import Judgement, judge
 from analysis.plots import figure_style, palette, save_figure, write_caption
-from analysis.stats import MIN_SEEDS, mean_interval
+from analysis.stats import MIN_SEEDS, Estimate, mean_interval
 from analysis.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -245,12 +245,11 @@ def _found(comparison: Comparison) -> str:
     difference = comparison.judgement.difference
     if difference is None:
         return "–"
-    values = [difference.value, difference.low, difference.high]
-    if comparison.claim == LESS_ERROR:
-        values = [None if value is None else math.exp(value) for value in values]
-    sign = "" if comparison.claim == LESS_ERROR else "+"
-    value, low, high = (None if number is None else f"{number:{sign}.3g}" for number in values)
-    return f"{value}" if low is None else f"{value} [{low}, {high}]"
+    if comparison.claim != LESS_ERROR:
+        return difference.text(form="g", sign="+")
+    low, high = (None if bound is None else math.exp(bound)
+                 for bound in (difference.low, difference.high))  # fmt: skip
+    return Estimate(math.exp(difference.value), low, high).text(form="g")
 
 
 def markdown(report: Report, comparisons: Sequence[Comparison]) -> str:

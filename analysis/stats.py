@@ -37,12 +37,18 @@ class Estimate:
     low: float | None
     high: float | None
 
-    def text(self, digits: int = 3, scale: float = 1.0) -> str:
-        """Value and interval, "0.512 [0.480, 0.544]", or the value alone."""
-        value = f"{scale * self.value:.{digits}f}"
-        if self.low is None or self.high is None:
-            return value
-        return f"{value} [{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
+    def text(self, digits: int = 3, scale: float = 1.0, form: str = "f", sign: str = "") -> str:
+        """Value and interval, "0.512 [0.480, 0.544]", or the value alone.
+
+        Args:
+            form: "f" or "g", of Python's format.
+            sign: "+" for differences.
+        """
+        value, low, high = (
+            None if number is None else f"{scale * number:{sign}.{digits}{form}}"
+            for number in (self.value, self.low, self.high)
+        )
+        return f"{value}" if low is None or high is None else f"{value} [{low}, {high}]"
 
 
 def _iqm(samples: np.ndarray, counts: Sequence[int]) -> np.ndarray:

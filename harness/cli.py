@@ -1047,13 +1047,17 @@ def claims(
 ) -> None:
     """Whether what an experiment claims does show: differences by seed, with verdicts."""
     from analysis import claims as report
-    from harness.spec import claims_of
+    from harness.spec import claims_of, load_experiment
 
     found, store = _open_to_read(home, db, spec)
-    # All rows of an archive are one experiment's, and its data need not be here.
-    ids = None if db is not None and db.endswith(".parquet") else _trial_ids(spec, overrides)
     with store:
-        built = report.build(store, claims_of(spec, overrides or []), ids, select)
+        if db is not None and db.endswith(".parquet"):
+            # All rows of an archive are one experiment's, and its data need not be here.
+            stated, ids = claims_of(spec, overrides or []), None
+        else:
+            experiment = load_experiment(spec, overrides or [])
+            stated, ids = experiment.claims, [trial.id for trial in experiment.trials]
+        built = report.build(store, stated, ids, select)
     paths = report.write(built, out or found.root / "claims" / spec.stem)
     if as_json:
         print(json.dumps({"claims": report.records(built), "files": [str(path) for path in paths]}))

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -602,15 +602,19 @@ class _Document:
         refuse_unknown(block, _BLOCK_KEYS, place)
         return _layer(block, place, place)
 
-    def cases(self) -> list[_Case]:
-        entries = self.content.get("cases") or []
-        place = self.place("cases")
+    def _entries(self, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Place and content of each mapping in a list that may be absent."""
+        entries = self.content.get(key) or []
+        place = self.place(key)
         if not isinstance(entries, list):
-            raise SpecError(f"{place}: expected a list of cases")
-        cases = []
+            raise SpecError(f"{place}: expected a list of {key}")
         for index, entry in enumerate(entries):
             where = f"{place}[{index}]"
-            case = expect_mapping(entry, where)
+            yield where, expect_mapping(entry, where)
+
+    def cases(self) -> list[_Case]:
+        cases = []
+        for where, case in self._entries("cases"):
             refuse_unknown(case, _CASE_KEYS, where)
             globs = {}
             for key in ("algorithm", "dataset"):
@@ -624,14 +628,8 @@ class _Document:
         Args:
             dataset_ids: of the experiment; None to leave globs unchecked.
         """
-        entries = self.content.get("claims") or []
-        place = self.place("claims")
-        if not isinstance(entries, list):
-            raise SpecError(f"{place}: expected a list of claims")
         found = []
-        for index, entry in enumerate(entries):
-            where = f"{place}[{index}]"
-            entry = expect_mapping(entry, where)
+        for where, entry in self._entries("claims"):
             for key in ("better", "than"):
                 if key not in entry:
                     raise SpecError(f"{at(where, key)} is missing; a claim needs it")

@@ -49,6 +49,7 @@ ROWS_EVERY_S = 10.0
 """Between two pushes of rows; before a checkpoint and at the end they are pushed anyway."""
 
 _HOPELESS = (PermissionError, NotImplementedError, TypeError, ValueError, ImportError)
+WORK = "work"
 _PART = ".part-"
 _ROWS = re.compile(r"(?P<claim>\d{6}-[0-9a-f]{16})-\d{6}-(?P<sha256>[0-9a-f]{64})")
 
@@ -452,7 +453,7 @@ class Hold:
                 time.sleep(min(1.0, LEASE_S / 10.0))
                 if storage.read(name) != first:
                     raise StackBusyError(
-                        f"another sweep is at work on {storage.url}/work/{stage_id}: "
+                        f"another sweep is at work on {storage.url}/{_work(stage_id)}: "
                         f"{first.decode(errors='replace')}"
                     )
             storage.remove(name)
@@ -461,8 +462,8 @@ class Hold:
         last = (storage.names(_claims(stage_id)) or [""])[-1]
         if last != self._claims[stage_id]:
             raise StackBusyError(
-                f"{storage.url}/work/{stage_id} was taken over by another sweep while this process "
-                "showed no life; what it did since its last push is lost"
+                f"{storage.url}/{_work(stage_id)} was taken over by another sweep while this "
+                "process showed no life; what it did since its last push is lost"
             )
 
     def _release(self) -> None:
@@ -510,12 +511,16 @@ class Hold:
             self.push_checkpoints(stage_id, ArtifactStore(folder).ids())
 
 
+def _work(stage_id: str) -> str:
+    return f"{WORK}/{stage_id}"
+
+
 def _rows(stage_id: str) -> str:
-    return f"work/{stage_id}/rows"
+    return f"{_work(stage_id)}/rows"
 
 
 def _claims(stage_id: str) -> str:
-    return f"work/{stage_id}/claims"
+    return f"{_work(stage_id)}/claims"
 
 
 # -------------------------------------------------------------------------------------- driver
@@ -530,7 +535,7 @@ def new_rows(storage: Storage, stage_id: str, seen: Collection[str]) -> Iterator
 
 def stages(storage: Storage) -> list[str]:
     """Ids of the stages that are being worked on, or were until something ended."""
-    return storage.names("work")
+    return storage.names(WORK)
 
 
 def checkpoint_steps(home: Home) -> Callable[[str], list[int]]:
@@ -547,7 +552,7 @@ def forget(home: Home, stage_id: str) -> None:
     shutil.rmtree(home.stage(stage_id), ignore_errors=True)
     storage = of(home)
     if storage is not None:
-        storage.remove(f"work/{stage_id}")
+        storage.remove(_work(stage_id))
 
 
 def ask_to_stop(home: Home, sweep: str) -> None:

@@ -220,9 +220,10 @@ def test_damaged_objects_are_named_and_never_used(tmp_path, url, how):
     assert not (b.artifacts / STAGE).exists()
     assert storage.artifacts(a).manifest(STAGE)["files"], "the node that made it has its own"
 
+    work = f"{url}/work"
     (blob,) = (folder / "work" / STAGE / "checkpoints" / "00000020").iterdir()
     damage(blob, how)
-    with pytest.raises(StorageError, match=rf"Delete {url}/work/{STAGE}/checkpoints/00000020.json"):
+    with pytest.raises(StorageError, match=rf"Delete {work}/{STAGE}/checkpoints/00000020.json"):
         storage.checkpoints(b, STAGE).manifest("00000020")
     Storage(url).remove(f"work/{STAGE}/checkpoints/00000020.json")
     assert storage.checkpoint_steps(b)(STAGE) == [10]
@@ -231,12 +232,12 @@ def test_damaged_objects_are_named_and_never_used(tmp_path, url, how):
     assert (previous.path("00000010") / "part" / "state").read_bytes() == b"00000010"
 
     damage(folder / "work" / STAGE / "checkpoints" / "00000010.json", how)
-    with pytest.raises(ArtifactError, match=rf"{url}/work/.*00000010.json is damaged"):
+    with pytest.raises(ArtifactError, match=rf"{work}/.*00000010.json is damaged"):
         previous.manifest("00000010")
 
     (rows,) = (folder / "work" / STAGE / "rows").iterdir()
     damage(rows, how)
-    with pytest.raises(StorageError, match=rf"{url}/work/{STAGE}/rows/.* is damaged.*Delete"):
+    with pytest.raises(StorageError, match=rf"{work}/{STAGE}/rows/.* is damaged.*Delete"):
         Hold(b, [STAGE], "one").__enter__()
     assert not b.spool(STAGE).exists()
     Storage(url).remove(f"artifacts/{STAGE}/{'0' * 64}")  # deleting what is absent is fine
