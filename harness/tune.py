@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -144,24 +142,9 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
-def _forget_the_last_stack() -> None:
-    """Frees what a stack before this one left in the process: memory, and compiled steps.
-
-    Torch would compile the step of an eighth learner no more.
-    """
-    import torch
-
-    gc.collect()
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
 def _train_stack(config: dict[str, Any]) -> None:
     """What a Ray worker runs."""
     _end_with_parent()
-    _forget_the_last_stack()
     last: list[Any] = [0.0, ""]  # when and in which phase a report was sent
 
     def report(progress: Progress) -> None:

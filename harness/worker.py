@@ -30,6 +30,7 @@ from harness import datasets, environments, provenance, storage
 from harness.artifacts import ArtifactStore
 from harness.evaluate import Evaluator
 from harness.home import Home
+from harness.memory import forget_the_last_stack
 from harness.plan import (
     FINISHED,
     Stack,
@@ -110,6 +111,7 @@ def run_stack(
     """
     if _should_stop(job):
         return "interrupted"  # it was waiting for resources when the user stopped the sweep
+    forget_the_last_stack()
     job = replace(job, home=job.home.on_this_node())
     sweep = job.stop_file.name if job.stop_file is not None else ""
     hold = Hold(job.home, [stage.id for stage in job.stack.stages], sweep)
