@@ -3,7 +3,7 @@
 # Run:    docker run --rm --shm-size=1g -v "$PWD/out:/out" offline-rl-harness quickstart
 #         (the CUDA image: add --gpus all)
 #
-# Wheels in a folder wheels/ of the build context are preferred to the package index.
+# Wheels in a folder wheels/ of the build context are preferred to the package index, torch's too.
 ARG BASE=python:3.11-slim-bookworm
 
 # ---------------------------------------------------------------- the environment, built apart
@@ -25,8 +25,10 @@ RUN --mount=type=cache,target=/var/cache/uv \
       cu130|"") lock=constraints-cuda.txt ;; \
       *) echo "TORCH_BACKEND=${TORCH_BACKEND} has no lock; expected cpu or cu130" >&2; exit 2 ;; \
     esac \
+ && backend=${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} \
+ && for wheel in torch-*.whl; do test ! -e "${wheel}" || backend=; done \
  && /opt/uv/bin/uv pip install --quiet --python /opt/venv/bin/python --compile-bytecode \
-      --find-links . ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} \
+      --find-links . ${backend} \
       -c "${lock}" -r pyproject.toml --extra postgres \
  && cd /opt/venv/lib/python3*/site-packages \
  && find numpy matplotlib pandas pyarrow scipy statsmodels sympy -type d -name tests -prune \

@@ -27,7 +27,7 @@ from harness.spec import RunOptions
 from harness.storage import Storage, StorageError
 from harness.trainer import Trainer, resolve_compile
 from harness.typed import config_to_dict, content_hash
-from harness.worker import KEPT_CHECKPOINTS, declared_stage, load_dataset
+from harness.worker import KEPT_CHECKPOINTS, data_key, declared_stage, load_dataset
 from results.store import Store
 
 LOW_DISK_BYTES = 2 * GIB
@@ -72,7 +72,7 @@ class Probe:
     registry: Registry
     problems: list[Check] = field(default_factory=list)
     _verified: dict[str, bool] = field(default_factory=dict)
-    _data: dict[str, _Data | None] = field(default_factory=dict)  # by `_data_key`; None is bad
+    _data: dict[str, _Data | None] = field(default_factory=dict)  # by `data_key`; None is bad
     _costs: dict[str, tuple[int, int] | None] = field(default_factory=dict)  # state, working
 
     def cost(self, stage: Stage) -> Cost | None:
@@ -81,7 +81,7 @@ class Probe:
         None where one step cannot be tried on its own (data that the learner generates, or a
         `Make` stage, come first), or where it failed.
         """
-        data = self._data.get(_data_key(stage))
+        data = self._data.get(data_key(stage))
         found = self._costs.get(_kind(stage, data)) if data else None
         return Cost(*found, data.bytes) if data and found else None
 
@@ -106,7 +106,7 @@ class Probe:
         """
         by_data: dict[str, list[Stage]] = {}
         for stage in wanted:
-            by_data.setdefault(_data_key(stage), []).append(stage)
+            by_data.setdefault(data_key(stage), []).append(stage)
         for key, members in by_data.items():
             known = self._data.get(key)
             if key in self._data and (
@@ -191,10 +191,6 @@ class _Data:
         held = (value for value in vars(dataset).values() if isinstance(value, torch.Tensor))
         spec = dataset.spec
         return cls(spec.obs_dim, spec.action_dim, sum(tensor.nbytes for tensor in held))
-
-
-def _data_key(stage: Stage) -> str:
-    return content_hash([stage.dataset_id, stage.dataset_digest, dict(stage.data)])
 
 
 def _kind(stage: Stage, data: _Data | None) -> str:

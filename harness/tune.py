@@ -32,13 +32,23 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 
 import psutil
 import ray
+import torch
 from ray import tune
 from ray.tune.search import Searcher
 
 from harness.failures import NOT_RETRIED, WORKER_DIED, EngineError, telling_line
+from harness.plan import Stage
 from harness.spec import RunOptions
 from harness.stopping import interruptible
-from harness.worker import Job, Progress, StackBusyError, run_stack
+from harness.worker import (
+    Job,
+    Progress,
+    StackBusyError,
+    data_key,
+    hold_dataset,
+    load_dataset,
+    run_stack,
+)
 
 REPORT_EVERY_S = 0.5
 INIT_TRIES = 4  # Ray waits 30 s for its own processes, too little on a busy machine
@@ -70,18 +80,39 @@ class _Unsaved:
         return {}
 
 
+class _NodeData(_Unsaved):
+    """Data in Ray's object store, where each node has one copy that all its workers map.
+
+    They stay until the driver ends; Ray writes to disk what does not fit.
+    """
+
+    def __init__(self) -> None:
+        self._refs: dict[str, Any] = {}  # by `data_key`
+
+    def of(self, stage: Stage) -> Any | None:
+        """A reference to a stage's data; None where its worker has to read them by itself."""
+        key = data_key(stage)
+        if key not in self._refs:
+            try:
+                self._refs[key] = ray.put(load_dataset(stage, torch.device("cpu")))
+            except Exception:  # then the worker's own error fails this stack, and only this
+                self._refs[key] = None
+        return self._refs[key]
+
+
 class _ReadyStacks(_Unsaved, Searcher):
     """Tune's searcher over the work queue."""
 
     def __init__(self, queue: WorkQueue, jobs: dict[str, Job]) -> None:
         super().__init__()
         self._queue, self._jobs = queue, jobs
+        self._data = _NodeData()
 
     def suggest(self, trial_id: str) -> Any:
         job = self._queue.next()
         if job is not None:
             self._jobs[trial_id] = job
-            return {"job": job}
+            return {"job": job, "data": self._data.of(job.stack.stages[0])}
         return Searcher.FINISHED if self._queue.exhausted() else None
 
     def on_trial_complete(
@@ -155,6 +186,8 @@ def _train_stack(config: dict[str, Any]) -> None:
         tune.report({"progress": vars(progress), "outcome": progress.phase})
 
     try:
+        if config["data"] is not None:
+            hold_dataset(config["job"], functools.partial(ray.get, config["data"]))
         outcome = run_stack(config["job"], report)
     except StackBusyError:
         outcome = "busy"

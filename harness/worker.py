@@ -233,17 +233,33 @@ _held: dict[str, Any] = {}
 """The data of the last stack of this process, under what they are."""
 
 
-def _stack_dataset(stage: Stage, device: torch.device) -> Any:
-    """`load_dataset`, unless the stack before in this process was trained on the same.
+def data_key(stage: Stage) -> str:
+    """Stages with equal keys are trained on the same data."""
+    return content_hash([stage.dataset_id, stage.dataset_digest, dict(stage.data)])
+
+
+def hold_dataset(job: Job, read: Callable[[], Any]) -> None:
+    """Lets a process train on data that were read elsewhere, and compared with the plan there.
+
+    Args:
+        read: gives them, unless the stack before in this process was trained on the same.
+    """
+    _stack_dataset(job.stack.stages[0], resolve_device(job.run.device), read)
+
+
+def _stack_dataset(
+    stage: Stage, device: torch.device, read: Callable[[], Any] | None = None
+) -> Any:
+    """The data of the stack before in this process if they are the same, else `load_dataset`.
 
     What is held was compared with its digest when it was read; nothing changes it since.
     """
-    key = content_hash([stage.dataset_id, stage.dataset_digest, dict(stage.data), str(device)])
+    key = f"{data_key(stage)} {device}"
     if key in _held:
         _refuse_other_data(stage)
     else:
         _held.clear()  # before reading: there may be no memory for two
-        _held[key] = load_dataset(stage, device)
+        _held[key] = read().to(device) if read else load_dataset(stage, device)
     return _held[key]
 
 

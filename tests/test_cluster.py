@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from harness import cluster
 from harness.cluster import ClusterError, LocalCluster, Node
-from tests import inline
+from tests import inline, mapped
 from tests.processes import harness, ray_workers, wait_for, work_files
 
 SPEC = """
@@ -25,6 +26,13 @@ steps: 3000
 evaluation: {every: 500, episodes: 3}
 run: {log_every: 50, checkpoint_every: 100, compile: "off", device: cpu, max_stack: 1}
 """
+
+
+@pytest.fixture
+def spec_of_few_steps(tmp_path: Path, bandit: str) -> Path:
+    path = tmp_path / "nodes.yaml"
+    path.write_text(SPEC.replace("3000", "100").replace("500", "50").replace("0-3", "0-1"))
+    return path
 
 
 def test_impossible_clusters_are_refused(tmp_path):
@@ -65,6 +73,31 @@ def test_what_a_start_of_ray_left_that_failed_is_ended_and_nothing_else():
     assert left.poll() is not None
     assert earlier.poll() is None
     earlier.communicate(b"\n", timeout=30)
+
+
+def test_workers_map_the_data_of_their_node_and_do_not_read_them(
+    tmp_path, spec_of_few_steps, monkeypatch
+):
+    """Rows equal those of a process that read its own; data that changed are refused as ever."""
+    from harness import tune
+
+    def through_ray(queue, on_interrupt):
+        with tune.cluster():
+            tune.run_queue(queue, queue.experiment.run, on_interrupt)
+
+    monkeypatch.setattr(tune, "_train_stack", mapped.train_without_reading)
+    spec, homes = spec_of_few_steps, (tmp_path / "alone", tmp_path / "ray")
+    summary = inline.sweep(spec, homes[1], run_queue=through_ray)
+    assert summary.ok, summary.errors
+    assert inline.sweep(spec, homes[0]).ok
+    assert inline.rows(homes[0]) == inline.rows(homes[1])
+
+
+def test_data_that_cannot_be_read_in_the_driver_are_left_to_the_worker(bandit):
+    from harness import tune
+
+    stage = SimpleNamespace(dataset_id=bandit, dataset_digest="0" * 64, data={})
+    assert tune._NodeData().of(stage) is None
 
 
 def test_what_is_remembered_and_cannot_be_read_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,23 @@ def test_ten_percent_cloning_keeps_what_corls_loop_over_trajectories_keeps() -> 
     expected = sorted(i for e in best for i in ids[e])
     kept = TransitionDataset.from_raw(raw, DataSpec(top_fraction=0.1))
     assert torch.equal(kept.action, torch.from_numpy(raw.action[expected]))
+
+
+def test_processes_can_map_one_copy_of_the_data() -> None:
+    raw = raw_of([3, 2], "TF", np.arange(5.0))
+    data = TransitionDataset.from_raw(raw, DataSpec())
+    buffers: list[pickle.PickleBuffer] = []
+    blob = pickle.dumps(data, protocol=5, buffer_callback=buffers.append)
+    held = [np.frombuffer(bytes(buffer.raw()), np.uint8) for buffer in buffers]
+    mapped = pickle.loads(blob, buffers=held)
+    assert mapped.spec == data.spec
+    assert np.array_equal(mapped.lengths, data.lengths)
+    for name in (*FIELDS, "next_action"):
+        found = getattr(mapped, name)
+        assert torch.equal(found, getattr(data, name))
+        assert any(np.shares_memory(found.numpy(), memory) for memory in held)
+    draw = [kind.segments(Everything(), 2, 2) for kind in (data, mapped)]
+    assert torch.equal(draw[0].obs, draw[1].obs)
 
 
 def test_held_out_episodes_are_the_rest_and_leave_no_trace_in_what_is_learned_from() -> None:

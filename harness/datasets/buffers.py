@@ -6,6 +6,7 @@ indices. Everything a compiled step calls here is plain tensor code.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,11 @@ class TransitionDataset:
             next_action=torch.from_numpy(_next_actions(raw, steps)),
             lengths=kept_lengths,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As arrays, which pickle's protocol 5 does not copy: processes of a node can map them."""
+        columns = {name: getattr(self, name).cpu().numpy() for name in _ALL_FIELDS}
+        return _from_columns, (self.spec, columns, self._lengths)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -332,6 +338,15 @@ class MixedDataset:
     def mixed(self, synthetic: Batch, fraction: float) -> Dataset:
         """Mixes once more, taking this dataset as the real one."""
         return MixedDataset(self, synthetic, fraction)
+
+
+def _from_columns(
+    spec: DatasetSpec, columns: Mapping[str, np.ndarray], lengths: np.ndarray
+) -> TransitionDataset:
+    with warnings.catch_warnings():  # that mapped arrays cannot be written to; nobody does
+        warnings.simplefilter("ignore", UserWarning)
+        tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
+    return TransitionDataset(spec, **tensors, lengths=lengths)
 
 
 def _flat_windows(windows: Batch) -> Batch:
