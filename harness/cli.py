@@ -409,20 +409,15 @@ def status(
     ids = _trial_ids(spec, overrides)
     _, store = _open(home, db)
     with store:
-        trials = store.trials(ids)
-        runs = store.statuses(ids if ids is not None else list(trials["trial_id"]))
-        rows: dict[tuple[str, str, str], Counter[str]] = {}
-        steps: Counter[tuple[str, str, str]] = Counter()
-        columns_of = ("trial_id", "label", "dataset_id", "variant_id")
-        for trial_id, label, dataset_id, variant in zip(
-            *(trials[name] for name in columns_of), strict=True
-        ):
-            key = (label, dataset_id, variant[:8])
-            run = runs.get(trial_id)
-            rows.setdefault(key, Counter())[run.status if run else "pending"] += 1
-            steps[key] = max(steps[key], run.steps_done if run else 0)
-        never_seen = len(ids) - len(trials) if ids is not None else 0
-        failures = {i: run.error for i, run in runs.items() if run.status in ("failed", "diverged")}
+        states = store.states(ids)
+    rows: dict[tuple[str, str, str], Counter[str]] = {}
+    steps: Counter[tuple[str, str, str]] = Counter()
+    for state in states:
+        key = (state.label, state.dataset_id, state.variant_id[:8])
+        rows.setdefault(key, Counter())[state.status or "pending"] += 1
+        steps[key] = max(steps[key], state.steps_done or 0)
+    never_seen = len(ids) - len(states) if ids is not None else 0
+    failures = {s.trial_id: s.error for s in states if s.status in ("failed", "diverged")}
     if as_json:
         listed = [
             {"label": k[0], "dataset": k[1], "variant": k[2], "steps": steps[k], **count}

@@ -57,6 +57,23 @@ _TABLES: dict[type, sa.Table] = {  # parents before children
 _STATUSES: tuple[str, ...] = get_args(Status)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrialState:
+    """How far the latest attempt of a trial is.
+
+    Attributes:
+        status: None if it never ran.
+    """
+
+    trial_id: str
+    label: str
+    dataset_id: str
+    variant_id: str
+    status: str | None
+    steps_done: int | None
+    error: str | None
+
+
 class Store:
     """One open database. Threads may share it; a forked process opens its own."""
 
@@ -397,6 +414,27 @@ class Store:
         for row in self._read(self._only(query, table.c.trial_id, trial_ids)):
             latest[row.trial_id] = from_json(RunRecord, dict(row._mapping))
         return latest
+
+    def states(self, trial_ids: Iterable[str] | None = None) -> list[TrialState]:
+        """How far each trial is, by label, dataset and seed: no frame, for what must answer fast.
+
+        Args:
+            trial_ids: which; None for all. Unknown ids give no entry.
+        """
+        trial, run = schema.trials.c, schema.runs.c
+        query = (
+            sa.select(
+                *(trial.trial_id, trial.label, trial.dataset_id, trial.variant_id),
+                *(run.status, run.steps_done, run.error),
+            )
+            .outerjoin_from(schema.trials, schema.runs)
+            .order_by(
+                *(trial.label, trial.dataset_id, trial.variant_id, trial.seed, trial.trial_id),
+                *_attempt_order(run),
+            )
+        )
+        rows = self._read(self._only(query, trial.trial_id, trial_ids))
+        return list({row.trial_id: TrialState(**row._mapping) for row in rows}.values())
 
     def counts(self) -> dict[str, int]:
         """Number of rows in each table."""

@@ -452,6 +452,21 @@ def test_both_databases_agree_on_the_final_state_of_a_run(store, data, states):
 # ------------------------------------------------------------------ asking
 
 
+def test_states_are_those_of_the_latest_attempts_and_of_trials_that_never_ran(store):
+    failed = make_run("r0", status="failed", steps_done=30, error="why")
+    again = make_run("r1", attempt=2, steps_done=40, started_at="2031-05-06T08:01:00Z")
+    diverged = make_run("r2", "t1", status="diverged", steps_done=7, error="nan")
+    trials = [make_trial(f"t{i}", seed=2 - i, variant_id="v0") for i in range(3)]
+    store.append([DATASET, *trials, again, failed, diverged])
+    found = {state.trial_id: state for state in store.states()}
+    assert list(found) == ["t2", "t1", "t0"], "by seed"
+    assert (found["t0"].status, found["t0"].steps_done, found["t0"].error) == ("running", 40, None)
+    assert (found["t1"].status, found["t1"].steps_done, found["t1"].error) == ("diverged", 7, "nan")
+    assert (found["t2"].status, found["t2"].steps_done, found["t2"].error) == (None, None, None)
+    assert found["t0"].dataset_id == DATASET.dataset_id
+    assert [state.trial_id for state in store.states(["t1", "unknown"])] == ["t1"]
+
+
 def test_the_latest_attempt_is_the_status_of_a_trial(store):
     first = make_run("r0", status="failed", ended_at="2031-05-06T08:00:00Z")
     second = make_run("r1", attempt=2, started_at="2031-05-06T08:01:00Z")
