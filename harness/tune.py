@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import shutil
@@ -51,6 +52,9 @@ from harness.worker import (
 )
 
 REPORT_EVERY_S = 0.5
+STACKS_OF_A_TUNER = 500
+"""Tune keeps 110 kB of each trial, and writes all of them again and again."""
+ROUNDS_OF_A_TUNER = 50  # or so many for each worker: at the end of a Tuner some wait for others
 INIT_TRIES = 4  # Ray waits 30 s for its own processes, too little on a busy machine
 
 
@@ -103,12 +107,18 @@ class _NodeData(_Unsaved):
 class _ReadyStacks(_Unsaved, Searcher):
     """Tune's searcher over the work queue."""
 
-    def __init__(self, queue: WorkQueue, jobs: dict[str, Job]) -> None:
+    def __init__(self, queue: WorkQueue, jobs: dict[str, Job], data: _NodeData, most: int) -> None:
         super().__init__()
-        self._queue, self._jobs = queue, jobs
-        self._data = _NodeData()
+        self._queue, self._jobs, self._data, self._most = queue, jobs, data, most
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many stacks were handed out as one `Tuner` is to have."""
+        return len(self._jobs) >= self._most
 
     def suggest(self, trial_id: str) -> Any:
+        if self.is_full:
+            return Searcher.FINISHED
         job = self._queue.next()
         if job is not None:
             self._jobs[trial_id] = job
@@ -272,13 +282,25 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
     Raises:
         EngineError: if Tune ends by itself, with the stacks that were running.
     """
+    slots = ray.cluster_resources().get("CPU", 1.0) / max(run.cpus_per_stack, 1e-3)
+    slots = min(slots, run.max_concurrent or slots)
+    most, data = int(max(STACKS_OF_A_TUNER, ROUNDS_OF_A_TUNER * slots)), _NodeData()
+    while _fit(queue, run, on_interrupt, data, most) and not queue.exhausted():
+        gc.collect()  # Tune's objects refer to each other
+
+
+def _fit(
+    queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None], data: _NodeData, most: int
+) -> bool:
+    """One `Tuner`, and whether there may be work for another."""
     jobs: dict[str, Job] = {}
+    stacks = _ReadyStacks(queue, jobs, data, most)
     needed = {"cpu": run.cpus_per_stack, "gpu": run.gpus_per_stack}
     scratch = tempfile.mkdtemp(prefix="harness-tune-")
     tuner = tune.Tuner(
         tune.with_resources(_train_stack, needed),
         tune_config=tune.TuneConfig(
-            search_alg=_ReadyStacks(queue, jobs),
+            search_alg=stacks,
             num_samples=-1,
             max_concurrent_trials=run.max_concurrent or None,
             reuse_actors=True,  # starting a process and importing torch takes seconds
@@ -296,6 +318,7 @@ def run_queue(queue: WorkQueue, run: RunOptions, on_interrupt: Callable[[], None
     try:
         with interruptible(on_interrupt), _quiet_logs():
             tuner.fit()
+        return stacks.is_full
     except Exception as error:
         why = f"{type(error).__name__}: {telling_line(str(error))}"
         raise EngineError(f"Ray Tune ended: {why}") from error
