@@ -158,10 +158,10 @@ def figure(report: Report) -> Figure:
             axis.set_ylabel(dataset_id.replace("/", "/\n", 1) if j == 0 else "", fontsize="small")
             axis.set_xlabel("strength of guidance" if i == len(datasets) - 1 else "")
     made.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4)
-    counts = report.means.seeds
+    counts = " to ".join(map(str, sorted({*report.means.seeds.agg(["min", "max"])})))
     write_caption(
         made,
-        f"Mean of {counts.min()} to {counts.max()} seeds; with {MIN_SEEDS} or more a 95 % "
+        f"Means of {counts} seeds; with {MIN_SEEDS} or more a 95 % "
         "bootstrap interval. Dashed: data without a strength. Errors are squared, standardised.",
     )
     return made
