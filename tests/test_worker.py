@@ -343,7 +343,8 @@ from harness.memory import forget_the_last_stack
 forget_the_last_stack()
 held = lambda: psutil.Process().memory_info().rss
 before = held()
-blocks = [b"x" * 2000 for _ in range(600_000)]
+size = 2000  # a product of constants would be one object
+blocks = [b"x" * size for _ in range(600_000)]
 used = held() - before
 kept = blocks[::1000]  # the C library keeps what is freed between them
 del blocks
