@@ -197,7 +197,8 @@ def _train_stack(config: dict[str, Any]) -> None:
 
     try:
         if config["data"] is not None:
-            hold_dataset(config["job"], functools.partial(ray.get, config["data"]))
+            with contextlib.suppress(ray.exceptions.RayError):  # else it reads them by itself
+                hold_dataset(config["job"], functools.partial(ray.get, config["data"]))
         outcome = run_stack(config["job"], report)
     except StackBusyError:
         outcome = "busy"
