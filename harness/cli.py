@@ -973,6 +973,22 @@ def archive(
 
 
 @app.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="What `harness archive` wrote.")],
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """Put archives' rows into the database: a sweep does not train again what is done in them."""
+    from results import archive as archives
+
+    _, store = _open(home, db)
+    with store:
+        counts = archives.merge(store, files)
+    for file, (rows, added) in zip(files, counts, strict=True):
+        console.print(f"{file}: {rows} rows, {added} of them new", highlight=False)
+
+
+@app.command()
 def figures(
     spec: OptionalSpec = None,
     overrides: OverridesArgument = None,

@@ -50,6 +50,28 @@ def test_only_the_trials_asked_for_are_written(store, tmp_path):
         assert set(again.evaluations().trial_id) <= set(wanted)
 
 
+def test_merging_makes_trials_of_elsewhere_done_here_and_again_changes_nothing(store, tmp_path):
+    first = [row.trial_id for row in store.trials().itertuples() if row.dataset_id == A.dataset_id]
+    rest = [row.trial_id for row in store.trials().itertuples() if row.dataset_id != A.dataset_id]
+    parts = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    sizes = [
+        archive.write(store, path, ids) for path, ids in zip(parts, (first, rest), strict=True)
+    ]
+    with Store.open("sqlite://") as here:
+        assert archive.merge(here, parts) == [(size, size) for size in sizes]
+        assert here.counts() == store.counts()
+        assert {run.status for run in here.statuses(first).values()} == {"done"}
+        assert archive.merge(here, parts) == [(size, 0) for size in sizes]
+
+
+def test_nothing_is_merged_if_one_of_the_files_is_no_archive(store, tmp_path):
+    archive.write(store, tmp_path / "good.parquet")
+    with Store.open("sqlite://") as here:
+        with pytest.raises(StoreError, match=r"none\.parquet: no such archive"):
+            archive.merge(here, [tmp_path / "good.parquet", tmp_path / "none.parquet"])
+        assert sum(here.counts().values()) == 0
+
+
 def test_what_is_no_archive_is_refused_by_name(store, tmp_path):
     with pytest.raises(StoreError, match=r"none\.parquet: no such archive"):
         archive.read(tmp_path / "none.parquet")
