@@ -24,6 +24,7 @@ epochs of 1000, so that the rate is constant in effect.
 (4) Gradients are clipped at a per-dataset norm that only the code lists.
 Deviations from the code: (a) the coin that picks the critic is thrown for each seed of a stack.
 (b) bounds of the actions may differ by dimension; all datasets of the paper have [-1, 1].
+(c) `bc_only` has the same schedule of the rate, less than 0.1 % off the code's constant.
 """
 
 from __future__ import annotations

@@ -30,7 +30,10 @@ diverged (`limits`).
 Deviations: (a) candidates are made by a sampler of the model's distribution, once for every
 observation of the data (`sampler`, `candidates`). (b) Where the smallest reward is positive, the
 rule's Q_min is 0. (c) tanh's log density is exact, without the code's 1e-6. (d) Models belong to a
-seed unless `shared_models`. (e) Actions are scaled to [-1, 1] by dimension.
+seed unless `shared_models`. (e) Actions are scaled to [-1, 1] by dimension. (f) The actor's rate
+decays over the run's own `steps`, in the code over 1e6 whatever the run's length. (g) At a terminal
+step the dynamics learn the state that was reached; the code's data have the next episode's first
+there (D4RL's shift by one), which teaches that a fall leads to a good state.
 """
 
 from __future__ import annotations
@@ -92,7 +95,7 @@ class Config:
     discount: float = 0.99  # gamma
     tau: float = 0.005  # rate of the targets of critics, V and actor
     lr: float = 3e-4  # actor
-    lr_decay: bool = True  # cosine decay of the actor's rate to 0 at the last step (code)
+    lr_decay: bool = True  # cosine decay of the actor's rate to 0 at the last step; see (f)
     critic_lr: float = 3e-4  # critics and V, constant
     entropy_lr: float = 3e-4  # temperature; an earlier uniform-penalty version had 1e-4
     hidden_dim: int = 256  # width: actor 3 layers; critics, V, dynamics 2; diffusion 4

@@ -198,7 +198,8 @@ class CVAENet(VAE):
 
 
 class ActionCVAE(FrozenModel):
-    """The behaviour policy as a CVAE; sizes and weight of the KL term are BCQ's."""
+    """The behaviour policy as a CVAE; depth, latent size and weight of the KL term are
+    BCQ's, the width is `hidden_dim` like that of the other models (BCQ's is 750)."""
 
     @staticmethod
     def build(rng: Rng, spec: DatasetSpec, config: ModelConfig) -> CVAENet:

@@ -30,11 +30,13 @@ of 2048 wrongly, so that one update sees all of it and the other is empty; Decem
 (5) `candidate_choice`: the argmax of Q (code, and better according to the paper); `implicit`
 samples the implied actor. The code is right for the expectile only: its quantile weights can be
 negative and its exponential ones are constant. Here all three follow the formula.
+(6) `num_candidates`: 128 on locomotion, 32 on antmaze (paper); 64 in December's learner.
 Deviations: (a) training uses all transitions; the code holds out a random 5 %. (b) the rows of a
-batch depend on the seed; in the code their index stream does not. (c) bounds of the actions may
-differ by dimension; in the code they are [-1, 1]. (d) left out: linear and quadratic continuations
-of the exponential loss, extra passes at the last level (never used), the plain MLP actor, fixed
-time features, online finetuning.
+batch depend on the seed; in the code their index stream does not. (c) the critics see the data's
+actions as they are; the code keeps them 1e-5 inside the bounds there too. (d) bounds of the actions
+may differ by dimension; in the code they are [-1, 1]. (e) left out: linear and quadratic
+continuations of the exponential loss, extra passes at the last level (never used), the plain MLP
+actor, fixed time features, online finetuning.
 """
 
 from __future__ import annotations

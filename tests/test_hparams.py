@@ -206,7 +206,7 @@ def test_idql_presets_are_the_published_protocols(name):
     config = idql.Config(**presets(idql.recipe)[name]["config"])
     found = (config.steps, config.steps * config.actor_updates)
     assert (*found, config.batch_size, config.actor_batch_size) == IDQL_PROTOCOLS[name]
-    assert config.num_candidates == (64 if name == "idql-1" else 128)
+    assert config.num_candidates == (128 if name == "idql-a" else 64)
 
 
 def test_every_idql_protocol_has_a_preset_and_idql_a_is_the_default():
