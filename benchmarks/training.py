@@ -1,10 +1,12 @@
 """Training speed: seeds x gradient steps per second of an algorithm, by size of the stack.
 
-    python benchmarks/training.py [--quick] [--device cpu] [--algorithm diffusion_ql] [--tf32]
+    python benchmarks/training.py [--quick] [--device cpu] [--algorithm diffusion_ql] [--modes ...]
 
 Published size (the defaults of its config) on data of Hopper's shape (11 observations, 3 actions).
-For each stack size K it times the same steps eager, compiled, and compiled with products in
-bfloat16; the ratio to K = 1 of the same mode is what to read. Memory is the peak while stepping
+For each stack size K it times the trainer's steps in each mode; the ratio to K = 1 of the same mode
+is what to read. Modes: eager; compiled; graphs (compiled, replayed as CUDA graphs); compiled with
+products in bfloat16 (mixed) or, on a GPU, in TensorFloat-32 (tf32), and with a GPU's graphs
+(mixed_graphs, tf32_graphs). Memory is the peak while stepping
 less the peak before the learner was built, divided by K: of the allocator on a GPU; on a CPU of the
 process, so that every row runs in a process of its own, code generation counts, and what the
 imports freed is used again for nothing.
@@ -28,11 +30,24 @@ from algorithms.api import phase_of
 from algorithms.blocks.layers import set_precision
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import COLUMNS, TinyDataset
+from harness.cuda_graphs import WARM_UP_CALLS
+from harness.trainer import Trainer
 
 RECIPES = {
     module.recipe.name: module.recipe
     for module in (bc, cql, diffusion_ql, idql, iql, rebrac, td3_bc)
 }
+
+MODES = {
+    "eager": ("float32", False, False),
+    "compiled": ("float32", True, False),
+    "mixed": ("mixed", True, False),
+    "tf32": ("tf32", True, False),
+    "graphs": ("float32", True, True),
+    "mixed_graphs": ("mixed", True, True),
+    "tf32_graphs": ("tf32", True, True),
+}
+"""Name -> precision, whether the step is compiled, whether it is replayed as a CUDA graph."""
 
 
 class DeviceDataset(TinyDataset):
@@ -75,13 +90,12 @@ def build(algorithm: str, dataset: DeviceDataset, seeds: int, device: torch.devi
     return stage.learner(stage.config, dataset.spec, range(seeds), {}).to(device)
 
 
-def matrix_floor(algorithm: str, device_name: str, threads: int, tf32: bool) -> tuple[float, float]:
+def matrix_floor(algorithm: str, device_name: str, threads: int) -> tuple[float, float]:
     """GFLOP of matrix products in one step of one seed, and GFLOP/s of a product of its size.
 
     Their quotient is the least time a step can take, if all but the products were free.
     """
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     device = torch.device(device_name)
     dataset = DeviceDataset(device)
     learner = build(algorithm, dataset, 1, device)
@@ -106,45 +120,31 @@ def matrix_floor(algorithm: str, device_name: str, threads: int, tf32: bool) -> 
 
 
 def measure(
-    algorithm: str, seeds: int, mode: str, device_name: str, threads: int, tf32: bool, budget: float
+    algorithm: str, seeds: int, mode: str, device_name: str, threads: int, budget: float
 ) -> Row:
-    """Times steps for about `budget` seconds after two of each phase that are not counted."""
+    """Times steps for about `budget` seconds after those that compile, warm up and record."""
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     device = torch.device(device_name)
     dataset = DeviceDataset(device)
     before = memory(device)
     learner = build(algorithm, dataset, seeds, device)
-    set_precision(learner, "mixed" if mode == "mixed" else "float32")
-    seed_tensor = torch.arange(seeds, device=device)
-
-    def step(step_number: torch.Tensor, phase: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        rng = Rng(seed_tensor, step_number, Stream.TRAIN)
-        return learner.update(learner.sample(dataset, rng), rng, *phase)
-
-    compute = torch.compile(step, fullgraph=True, dynamic=False) if mode != "eager" else step
+    precision, compiled, graphs = MODES[mode]
+    set_precision(learner, precision)
+    trainer = Trainer(learner, dataset, range(seeds), device, compiled, graphs)
     period = getattr(learner, "period", 1)
 
-    def run(number: int) -> None:
-        compute(torch.full_like(seed_tensor, number), phase_of(learner, number))
-
-    with torch.no_grad():
-        start = time.perf_counter()
-        for number in range(period):
-            run(number)
-        synchronize(device)
-        first_call = time.perf_counter() - start
-        for number in range(period):
-            run(number)
-        synchronize(device)
-        count, start = 0, time.perf_counter()
-        while count < 3 or time.perf_counter() - start < budget:
-            run(count)
-            count += 1
-            if count % 10 == 0 or device.type == "cpu":
-                synchronize(device)
-        synchronize(device)
-        elapsed = time.perf_counter() - start
+    start = time.perf_counter()
+    trainer.advance(period)  # reads its metrics at the end of a chunk, as in a sweep
+    first_call = time.perf_counter() - start
+    trainer.advance((WARM_UP_CALLS + 1) * period)
+    if trainer.graphed is not None and trainer.graphed.refused:
+        raise RuntimeError(f"the step cannot be recorded: {trainer.graphed.refused}")
+    chunk = period * (1 if device.type == "cpu" else 50)
+    count, start = 0, time.perf_counter()
+    while count < 3 or time.perf_counter() - start < budget:
+        trainer.advance(chunk)
+        count += chunk
+    elapsed = time.perf_counter() - start
     grown = (memory(device) - before) / 2**20 / seeds
     return Row(seeds, mode, first_call, 1e3 * elapsed / count, grown)
 
@@ -155,28 +155,28 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--algorithm", default="diffusion_ql", choices=sorted(RECIPES))
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a CPU")
-    parser.add_argument("--tf32", action="store_true", help="TensorFloat-32 products on a GPU")
     parser.add_argument("--stacks", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument(
-        "--modes", nargs="+", default=["eager", "compiled", "mixed"],
-        choices=("eager", "compiled", "mixed"), help="mixed is compiled, products in bfloat16",
-    )  # fmt: skip
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="default: all of the device")
     arguments = parser.parse_args()
-    stacks, modes, budget = tuple(arguments.stacks), tuple(arguments.modes), 10.0
+    on_gpu = arguments.device != "cpu"
+    of_device = [name for name in MODES if on_gpu or name in ("eager", "compiled", "mixed")]
+    stacks, modes, budget = tuple(arguments.stacks), arguments.modes or of_device, 10.0
+    if unusable := [name for name in modes if name not in of_device]:
+        parser.error(f"--modes {' '.join(unusable)}: only with --device cuda")
     if arguments.quick:
-        stacks, modes, budget = (1, 4), ("eager",), 2.0
+        stacks, modes, budget = (1, 4), ["eager"], 2.0
     print(
         f"{arguments.algorithm}, published size, torch {torch.__version__}, {arguments.device}, "
-        f"{arguments.threads} thread(s), tf32 {'on' if arguments.tf32 else 'off'}"
+        f"{arguments.threads} thread(s)"
     )
-    gflop, rate = matrix_floor(
-        arguments.algorithm, arguments.device, arguments.threads, arguments.tf32
-    )
+    gflop, rate = matrix_floor(arguments.algorithm, arguments.device, arguments.threads)
     print(
         f"floor: {gflop:.3f} GFLOP of matrix products a step and seed, at {rate:.0f} GFLOP/s "
         f"(float32, 256 x 256 x 256): {1e3 * gflop / rate:.1f} ms"
     )
-    print(f"{'seeds':>5} {'mode':>9} {'first s':>8} {'ms/step':>8} {'seeds x steps/s':>16}", end="")
+    print(
+        f"{'seeds':>5} {'mode':>12} {'first s':>8} {'ms/step':>8} {'seeds x steps/s':>16}", end=""
+    )
     print(f" {'vs K=1':>7} {'MiB/seed':>9}")
     context = multiprocessing.get_context("spawn")
     for mode in modes:
@@ -190,12 +190,11 @@ def main() -> None:
                     mode,
                     arguments.device,
                     arguments.threads,
-                    arguments.tf32,
                     budget,
                 ).result()
             single = single or row
             print(
-                f"{row.seeds:>5} {row.mode:>9} {row.first_call_s:>8.1f} {row.ms_per_step:>8.1f} "
+                f"{row.seeds:>5} {row.mode:>12} {row.first_call_s:>8.1f} {row.ms_per_step:>8.1f} "
                 f"{row.seed_steps_per_s:>16.1f} "
                 f"{row.seed_steps_per_s / single.seed_steps_per_s:>6.2f}x {row.mib_per_seed:>9.1f}",
                 flush=True,

@@ -94,7 +94,8 @@ def measure(
         rounds: turns of each, the others measured in between.
         seconds: of timed calls for each, over all rounds; each turn makes at least five calls.
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: if a number is not positive, or policies of tf32 and of other precisions, which
+            is a setting of the process, are to be timed together.
         DatasetError, ArtifactError: as `Loader.load`.
     """
     for name, value in (("threads", threads), ("rounds", rounds), *(("batch", n) for n in batches)):
@@ -102,6 +103,12 @@ def measure(
             raise ValueError(f"{name} is {value}; expected at least 1")
     if not seconds > 0:
         raise ValueError(f"seconds is {seconds}; expected more than 0")
+    precisions = {trained.stage.precision for trained in policies}
+    if "tf32" in precisions and len(precisions) > 1:
+        raise ValueError(
+            f"policies of precision {', '.join(sorted(precisions))}: tf32 is a setting of the "
+            "whole process; time them in calls of their own"
+        )
     modes = (False, True) if compiled else (False,)
     with _threads(threads), torch.no_grad():
         contenders: list[_Contender] = []

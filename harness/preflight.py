@@ -25,7 +25,7 @@ from harness.plan import Plan, Stack, Stage
 from harness.registry import Registry
 from harness.spec import RunOptions
 from harness.storage import Storage, StorageError
-from harness.trainer import Trainer, resolve_compile
+from harness.trainer import Trainer, check_precision, resolve_compile
 from harness.typed import config_to_dict, content_hash
 from harness.worker import KEPT_CHECKPOINTS, data_key, declared_stage, load_dataset
 from results.store import Store
@@ -267,6 +267,11 @@ def check(plan: Plan, store: Store | None, home: Home, probe: Probe) -> list[Che
     found = list(probe.problems)
     capacity = Capacity.of(plan.experiment.run)
     found += [disk(plan, home, probe, capacity), *memory(plan, probe, capacity)]
+    for precision in dict.fromkeys(stage.precision for stage in wanted):
+        try:
+            check_precision(precision, torch.device(capacity.device))
+        except ValueError as error:
+            found.append(Check("precision", "bad", str(error)))
     if store is not None:
         found.append(database(store))
     shared = home.shared(plan.experiment.run.storage)

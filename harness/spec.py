@@ -74,7 +74,7 @@ _TOP_KEYS = (
 )
 _BLOCK_KEYS = ("algorithm", "preset", "config", "data", "steps", "precision")
 _CASE_KEYS = ("algorithm", "dataset", "config", "data", "steps", "precision", "evaluation")
-Precision = Literal["float32", "mixed"]
+Precision = Literal["float32", "tf32", "mixed"]
 _PROTOCOL_KEYS = ("every", "episodes", "first_env_seed")
 
 
@@ -206,6 +206,7 @@ class RunOptions:
         compile: compile the training step: auto (where it pays), on, off.
         compile_act: where the step is compiled, compile acting in evaluations as well. Takes 20 to
             50 s (minutes for long chains) and saves a third to a half of each policy call.
+        cuda_graphs: on a GPU, replay the compiled step as a CUDA graph: one launch for a step.
         cpus_per_stack, gpus_per_stack: resources of one worker process; fractions share a device.
         max_stack: most seeds trained together in one process; auto chooses it for each stage from
             memory and from what can run at once (`harness.memory.stack_size`).
@@ -223,6 +224,7 @@ class RunOptions:
     device: str = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     compile_act: bool = False
+    cuda_graphs: bool = False
     cpus_per_stack: float = 1.0
     gpus_per_stack: float = 0.0
     max_stack: int | Literal["auto"] = 16

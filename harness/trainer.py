@@ -17,6 +17,7 @@ from torch import Tensor
 
 from algorithms.api import Dataset, Learner, phase_of
 from algorithms.blocks.rng import Rng, Stream
+from harness.cuda_graphs import GraphedStep, Step
 from harness.provenance import compiler
 
 STEP_KEY = "trainer.step"
@@ -105,6 +106,27 @@ def resolve_compile(compile_mode: str, device: torch.device, steps: int) -> tupl
     return True, ""
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuses to train in a precision that a device does not have.
+
+    Raises:
+        ValueError: for tf32 on anything but CUDA, where it would be float32 under another name.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(
+            f"precision tf32 exists on CUDA devices only and this one is {device}; "
+            "use precision float32 or mixed"
+        )
+
+
+def resolve_cuda_graphs(wanted: bool, device: torch.device, compiled: bool) -> tuple[bool, str]:
+    """Whether to replay steps as CUDA graphs, and a notice when that was wanted and cannot be."""
+    if not wanted or (device.type == "cuda" and compiled):
+        return wanted, ""
+    reason = f"the device is {device}" if device.type != "cuda" else "the step is not compiled"
+    return False, f"run.cuda_graphs has no effect: {reason}"
+
+
 class Trainer:
     """Advances a learner for K seeds in one compiled step per gradient step.
 
@@ -113,6 +135,7 @@ class Trainer:
         dataset: its tensors on `device`.
         seeds: K training seeds.
         compile_step: compile the whole step as one graph.
+        cuda_graphs: replay the compiled step as CUDA graphs (`harness.cuda_graphs`).
     """
 
     def __init__(
@@ -122,6 +145,7 @@ class Trainer:
         seeds: Sequence[int],
         device: torch.device,
         compile_step: bool,
+        cuda_graphs: bool = False,
     ) -> None:
         self.learner = learner
         self.dataset = dataset
@@ -133,11 +157,14 @@ class Trainer:
         self.limits: Mapping[str, float] = getattr(learner, "limits", {})
         self._sums: dict[tuple[int, ...], _Sums] = {}  # of the open chunk, by phase
         self._called: set[tuple[int, ...]] = set()  # phases whose step was called
-        self._step_function = (
+        self._step_function: Step = (
             torch.compile(self._one_step, fullgraph=True, dynamic=False)
             if compile_step
             else self._one_step
         )
+        self.graphed = GraphedStep(self._step_function) if cuda_graphs else None
+        if self.graphed is not None:
+            self._step_function = self.graphed
 
     @property
     def steps_done(self) -> int:

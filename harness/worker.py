@@ -48,7 +48,9 @@ from harness.trainer import (
     STOP_CHECK_S,
     Divergence,
     Trainer,
+    check_precision,
     resolve_compile,
+    resolve_cuda_graphs,
     resolve_device,
     stack_states,
 )
@@ -298,13 +300,14 @@ def _new_trainer(
     dataset: Any,
     device: torch.device,
     compiled: bool,
+    cuda_graphs: bool = False,
 ) -> Trainer:
     """A trainer at step 0, its learner on `device` with what it needs."""
     inputs = _load_inputs(store, stack.stages, declared, device)
     learner = declared.learner(declared.config, dataset.spec, stack.seeds, inputs)
     learner.to(device)
     set_precision(learner, stack.stages[0].precision)
-    return Trainer(learner, dataset, stack.seeds, device, compiled)
+    return Trainer(learner, dataset, stack.seeds, device, compiled, cuda_graphs)
 
 
 def load_trained(
@@ -421,9 +424,15 @@ class _TrainingRun:
         # Trained already, but a trial (another evaluation protocol, or a kill between the
         # artifact and its last row) still needs rows: evaluate the final policy only.
         self.trained = trained
+        if not self.trained:
+            check_precision(self.stages[0].precision, self.device)
         compiled, self.notice = resolve_compile(job.run.compile, self.device, declared.steps)
         self.compiled = compiled and not self.trained
         self.compiled_act = compiled and job.run.compile_act
+        self.cuda_graphs, reason = resolve_cuda_graphs(
+            job.run.cuda_graphs and not self.trained, self.device, self.compiled
+        )
+        self.notice = self.notice or reason
         self.runs = self._begin_runs()
 
     def report(self, progress: Progress) -> None:
@@ -442,6 +451,7 @@ class _TrainingRun:
             "device": str(self.device),
             "compiled": self.compiled,
             "compiled_act": self.compiled_act,
+            "cuda_graphs": self.cuda_graphs,
             "stack": list(self.job.stack.seeds),
             "host": provenance.hardware()["host"],
         }
@@ -526,7 +536,13 @@ class _TrainingRun:
         self.report(Progress(0, self.declared.steps, 0.0, phase="load"))
         dataset = _stack_dataset(self.stages[0], self.device)
         trainer = _new_trainer(
-            self.store, self.job.stack, self.declared, dataset, self.device, self.compiled
+            self.store,
+            self.job.stack,
+            self.declared,
+            dataset,
+            self.device,
+            self.compiled,
+            self.cuda_graphs,
         )
         self._restore(trainer)
         evaluations = self._evaluations(dataset.spec)
@@ -579,6 +595,8 @@ class _TrainingRun:
                 self._refresh(trainer)
             target = _next_boundary(trainer.steps_done, steps, intervals)
             chunk = trainer.advance(target - trainer.steps_done, self._stopping)
+            if trainer.graphed is not None and trainer.graphed.refused:
+                self.notice = f"not replayed as CUDA graphs: {trainer.graphed.refused}"
             if chunk is None:
                 return self._interrupted(trainer)
             self.timings["compile"] += chunk.first_call_seconds

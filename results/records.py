@@ -47,7 +47,7 @@ class TrialRecord:
     evaluation: Mapping[str, Any]
     simulator: str  # e.g. "mujoco 3.11.0"; rows of different simulators are never pooled
     created_at: str
-    precision: str = "float32"  # of the matrix products: float32 | mixed (bfloat16 products)
+    precision: str = "float32"  # of the matrix products: float32 | tf32 | mixed (bfloat16)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_mixed_precision_rounds_the_operands_of_wide_products_only():
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match=r"float16.*expected float32 or mixed"):
+    with pytest.raises(ValueError, match=r"float16.*expected float32, tf32 or mixed"):
         set_precision(MLP(init(), (5, 64, 2)), "float16")
 
 

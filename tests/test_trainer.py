@@ -9,7 +9,14 @@ from torch import nn
 from algorithms.blocks.rng import Rng, Stream
 from harness import datasets
 from harness.datasets import DataSpec
-from harness.trainer import STEP_KEY, Trainer, resolve_compile, resolve_device
+from harness.trainer import (
+    STEP_KEY,
+    Trainer,
+    check_precision,
+    resolve_compile,
+    resolve_cuda_graphs,
+    resolve_device,
+)
 
 CPU = torch.device("cpu")
 
@@ -232,3 +239,21 @@ def test_a_step_draws_from_its_own_numbers():
     Trainer(learner, None, [5, 6], CPU, False).advance(3)
     expected = Rng.at_step([5, 6], 2, Stream.TRAIN).normal(3)
     assert torch.equal(learner.seen[2], expected)
+
+
+def test_tf32_is_refused_where_it_would_be_float32_under_another_name():
+    check_precision("mixed", CPU)
+    check_precision("tf32", torch.device("cuda:1"))
+    with pytest.raises(ValueError, match="tf32 exists on CUDA devices only and this one is cpu"):
+        check_precision("tf32", CPU)
+
+
+def test_cuda_graphs_need_cuda_and_a_compiled_step_and_say_so():
+    cuda = torch.device("cuda")
+    assert resolve_cuda_graphs(True, cuda, True) == (True, "")
+    assert resolve_cuda_graphs(False, CPU, False) == (False, "")
+    assert resolve_cuda_graphs(True, CPU, True) == (
+        False,
+        "run.cuda_graphs has no effect: the device is cpu",
+    )
+    assert resolve_cuda_graphs(True, cuda, False)[1].endswith("the step is not compiled")

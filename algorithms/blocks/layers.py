@@ -134,18 +134,21 @@ class Linear(nn.Module):
 def set_precision(module: nn.Module, precision: str) -> None:
     """Chooses how the matrix products of a module's `Linear` layers are computed.
 
+    `tf32`: on CUDA, operands are rounded to TensorFloat-32 (10 bits of mantissa); elsewhere nothing
+    changes. This one is a setting of the process, taken back by the next call with another.
     `mixed`: operands of the products, and of their gradients, are rounded to bfloat16 and summed
     in float32; results are rounded to bfloat16. Parameters, biases, activations, losses and the
     optimizer stay float32, and so do layers narrower than 64 on a side: the first layer, whose
     inputs are observations and actions, and the last, whose outputs are values and noise.
 
     Args:
-        precision: float32 | mixed.
+        precision: float32 | tf32 | mixed.
     Raises:
         ValueError: for another precision.
     """
-    if precision not in ("float32", "mixed"):
-        raise ValueError(f"precision is {precision!r}; expected float32 or mixed")
+    if precision not in ("float32", "tf32", "mixed"):
+        raise ValueError(f"precision is {precision!r}; expected float32, tf32 or mixed")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     for layer in module.modules():
         if isinstance(layer, Linear):
             wide = min(layer.weight.shape[-2:]) >= MIXED_MIN_WIDTH
