@@ -7,7 +7,7 @@
 Two heads. `deterministic` is CORL's BC (any-percent BC): 2 x 256 ReLU, tanh output, squared error,
 normalised observations. `gaussian` is the maximum-likelihood baseline of Diffusion-QL's bandit
 figure (BC-MLE): an unsquashed diagonal Gaussian with a standard deviation per observation.
-Keeping the best 10 % of the episodes (10 % BC) is a data transform, `data: {top_fraction: 0.1}`.
+10 % BC, cloning the 10 % of the episodes with the highest returns, is the preset `top10`.
 The Gaussian's log-std is clamped to [-20, 2], as in that figure's code (toy_experiments/bc_mle.py).
 """
 

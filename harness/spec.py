@@ -319,8 +319,11 @@ def data_to_dict(data: Any) -> dict[str, Any]:
     """The transforms as a trial's identity holds them.
 
     Without `held_out` where nothing is: it is younger than many a run, whose ids stay as they were.
+    The default `discount`, where it ranks nothing, is 0.99 there: the default of these runs.
     """
     values = config_to_dict(data)
+    if values["top_fraction"] == values["discount"] == 1.0:
+        values["discount"] = 0.99
     if not values["held_out"]:
         del values["held_out"]
     return values

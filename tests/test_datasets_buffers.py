@@ -350,14 +350,15 @@ def test_the_best_episodes_are_kept_by_discounted_return_in_data_order() -> None
     )
 
 
-def test_ten_percent_cloning_keeps_what_corls_loop_over_trajectories_keeps() -> None:
-    """Discount 0.99, restarted at every termination; the count is rounded down, at least one."""
+@pytest.mark.parametrize("discount", [1.0, 0.99])
+def test_ten_percent_cloning_keeps_what_corls_loop_over_trajectories_keeps(discount) -> None:
+    """Restarted at every termination; the count is rounded down, at least one."""
     generator = np.random.default_rng(3)
     lengths = generator.integers(1, 40, size=57).tolist()
     raw = raw_of(lengths, "T" * 57, generator.normal(size=sum(lengths)))
     returns, ids, total, scale, rows = [], [], 0.0, 1.0, []
     for i, (reward, ended) in enumerate(zip(raw.reward, raw.terminated, strict=True)):
-        total, scale = total + scale * reward, scale * 0.99
+        total, scale = total + scale * reward, scale * discount
         rows.append(i)
         if ended:
             returns.append(total)
@@ -365,7 +366,7 @@ def test_ten_percent_cloning_keeps_what_corls_loop_over_trajectories_keeps() -> 
             total, scale, rows = 0.0, 1.0, []
     best = np.argsort(returns)[::-1][: max(1, int(0.1 * len(returns)))]
     expected = sorted(i for e in best for i in ids[e])
-    kept = TransitionDataset.from_raw(raw, DataSpec(top_fraction=0.1))
+    kept = TransitionDataset.from_raw(raw, DataSpec(top_fraction=0.1, discount=discount))
     assert torch.equal(kept.action, torch.from_numpy(raw.action[expected]))
 
 

@@ -20,12 +20,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from small_catalog import PLUGIN, SmallCatalog, experiment
 
+from harness.datasets import DataSpec
 from harness.registry import Registry
 from harness.spec import (
     EvaluationSpec,
     RunOptions,
     SpecError,
     TrialSpec,
+    data_to_dict,
     load_experiment,
     parse_seeds,
 )
@@ -417,7 +419,8 @@ algorithms:
   by_hand:
     algorithm: idql
     config: {batch_size: 512, actor_batch_size: 512, actor_updates: 1, activation: silu, tau: 0.1,
-             time_dim: 128, cond_dim: 256, weight_decay: 1e-4, value_input_norm: true}
+             time_dim: 128, cond_dim: 256, weight_decay: 1e-4, value_input_norm: true,
+             num_candidates: 64}
     steps: 3000000
 datasets: [hopper-medium-v2]
 seeds: 0
@@ -427,7 +430,7 @@ seeds: 0
 def test_a_preset_lies_between_the_datasets_block_and_the_experiment(load: Any) -> None:
     (trial,) = load(PRESETS, "algorithms=later").trials
     assert trial.config["steps"] == 3_000_000  # the preset's
-    assert trial.config["num_candidates"] == 128  # the dataset's
+    assert trial.config["expectile"] == 0.7  # the dataset's
     assert trial.config["tau"] == 0.1  # the experiment's
     (shorter,) = load(PRESETS, "algorithms=later", "steps=7").trials
     assert (shorter.config["steps"], shorter.config["batch_size"]) == (7, 512)
@@ -732,3 +735,14 @@ def test_an_experiment_on_real_data_resolves(registry: Registry, monkeypatch: An
     assert len(hopper.dataset_digest) == 64
     assert hopper.evaluation.environment["env_id"] == "Hopper-v5"
     assert hopper.evaluation.simulator.startswith("mujoco ")
+
+
+def test_the_default_discount_keeps_old_ids_where_it_ranks_no_episodes():
+    assert data_to_dict(DataSpec()) == {
+        "reward": "none",
+        "truncated_last_step": "drop",
+        "top_fraction": 1.0,
+        "discount": 0.99,
+    }  # what stored runs have
+    best = [data_to_dict(DataSpec(top_fraction=0.1, discount=value)) for value in (1.0, 0.99)]
+    assert [data["discount"] for data in best] == [1.0, 0.99]

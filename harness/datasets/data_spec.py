@@ -41,9 +41,11 @@ class DataSpec:
             step those of 1000 have 999, so that its pieces straddle them.
         truncated_last_step: `drop` leaves out the last transition of a time-limited episode, as
             D4RL's `qlearning_dataset` does; `keep` keeps it, with its real next observation.
-        top_fraction: keeps the best fraction of episodes by discounted raw return, at least one
-            (10 % BC: 0.1). Ties go to the earlier episode; the data's order is kept.
-        discount: of the returns `top_fraction` ranks by.
+        top_fraction: keeps the best fraction of episodes by raw return, at least one (10 % BC:
+            0.1). Ties go to the earlier episode; the data's order is kept. Episodes are the data's;
+            CORL ranks pieces that end at a termination or at 1000 steps, which on Adroit join many.
+        discount: of the returns `top_fraction` ranks by. 1 in all of CORL's configs of 10 % BC; the
+            0.99 in its code is a default that they override, and ranks by the first 100 steps.
         held_out: share of the episodes kept from the learner, for likelihoods on data it has not
             seen; see `held_out_episodes`. `top_fraction` is of the others.
     """
@@ -51,7 +53,7 @@ class DataSpec:
     reward: str = "none"
     truncated_last_step: str = "drop"
     top_fraction: float = 1.0
-    discount: float = 0.99
+    discount: float = 1.0
     held_out: float = 0.0
 
     def __post_init__(self) -> None:
