@@ -16,7 +16,7 @@ from harness import datasets, spool, storage
 from harness.home import Home
 from harness.provenance import utc_now
 from harness.spec import TrialSpec
-from results.records import DatasetRecord, Record, TrialRecord
+from results.records import DatasetRecord, Record, RunRecord, TrialRecord
 from results.store import MissingParentError, Store
 
 
@@ -69,6 +69,7 @@ class Ingester:
         self.storage = storage.of(home)
         self._offsets: dict[Path, int] = {}
         self._seen: dict[str, set[str]] = {}  # stage id -> names in the storage
+        self._foreign: set[str] = set()  # runs of trials that the database does not know
 
     def register(self, trials: Iterable[TrialSpec]) -> None:
         """Makes sure that trials and their datasets are in the database."""
@@ -87,7 +88,7 @@ class Ingester:
             return self._file(self.home.spool(stage_id))
         count, seen = 0, self._seen.setdefault(stage_id, set())
         for name, lines in storage.new_rows(self.storage, stage_id, seen):
-            count += self.store.append(spool.parse(lines, f"{self.storage.url}: {name}"))
+            count += self._append(spool.parse(lines, f"{self.storage.url}: {name}"))
             seen.add(name)
         return count
 
@@ -115,6 +116,23 @@ class Ingester:
     def _file(self, path: Path) -> int:
         start = self._offsets.get(path, 0)
         records, end = spool.read_from(path, start)
-        count = self.store.append(records) if records else 0
+        count = self._append(records) if records else 0
         self._offsets[path] = end
         return count
+
+    def _append(self, records: list[Record]) -> int:
+        """Appends what belongs to trials that the database knows.
+
+        One training may serve trials of several experiments (another evaluation of the same
+        policy), and `harness work` registers none: those of the others wait for their own sweep.
+        """
+        try:
+            return self.store.append(records)
+        except MissingParentError:
+            runs = {run.run_id: run.trial_id for run in records if isinstance(run, RunRecord)}
+            known = set(self.store.trials(set(runs.values()))["trial_id"])
+            self._foreign |= {run for run, trial in runs.items() if trial not in known}
+            kept = [row for row in records if getattr(row, "run_id", None) not in self._foreign]
+            if len(kept) == len(records):
+                raise
+            return self.store.append(kept)

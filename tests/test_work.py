@@ -106,3 +106,24 @@ def test_one_failing_stack_does_not_stop_the_others(spec, tmp_path, monkeypatch)
     assert done.stacks == 3
     assert len(done.failed) == 5
     assert sorted(set(ended)) == ["done", "failed: RuntimeError: out of luck"]
+
+
+def test_rows_of_another_experiments_evaluation_of_the_same_training_do_not_stop_a_sweep(
+    spec, tmp_path
+):
+    """`work` registers no trials: those of the other evaluation are unknown to the database."""
+    home = Home.find(tmp_path / "home")
+    do(spec, home, "0/1", tmp_path / "stop")
+    text = spec.read_text()
+    spec.write_text(text.replace("episodes: 2", "episodes: 3"))
+    do(spec, home, "0/1", tmp_path / "stop")
+    summary = inline.sweep(spec, home.root)
+    assert summary.ok
+    assert summary.trained == 0
+    with Store.open(home.database_url()) as store:
+        assert set(store.evaluations().groupby("run_id").size()) == {2 * 3}
+        assert len(store.runs()) == 10
+    spec.write_text(text)  # and those of the first are taken in when their turn comes
+    assert inline.sweep(spec, home.root).trained == 0
+    with Store.open(home.database_url()) as store:
+        assert len(store.runs()) == 20
