@@ -14,7 +14,7 @@ from pathlib import Path
 
 NOTICE_S = 90
 REQUEUED = 130
-"""The exit code of a sweep that was stopped; see `harness.cli`."""
+"""The exit code of a sweep that was stopped; see `harness.cli.exit_codes`."""
 
 
 @dataclass(frozen=True)

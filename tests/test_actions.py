@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from harness import actions, cli
 from harness.actions import draw_actions, write_parquet
+from harness.cli.reproducing import published_settings
 from harness.datasets import DatasetError
 from harness.home import Home
 from harness.spec import load_experiment
@@ -87,7 +88,7 @@ def test_no_held_out_data_leaves_identities_as_they_were(spec):
     assert "held_out" not in trial.data
     assert trial.id == load_experiment(spec, []).trials[0].id
     assert load_experiment(spec, ["data.held_out=0.1"]).trials[0].id != trial.id
-    settings = cli._published_settings(trial.algorithm, "", (trial.dataset_id,))
+    settings = published_settings(trial.algorithm, "", (trial.dataset_id,))
     asked = {name.removeprefix("data.") for name in settings if name.startswith("data.")}
     assert asked == set(trial.data), "or every run would have other settings than published"
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from analysis import verdicts
 from analysis.verdicts import judge, paper_error, reproduce, seeds_to_settle, stem
-from harness.cli import _published_settings, app
+from harness.cli import app
+from harness.cli.reproducing import published_settings
 from results.published import published_scores
 from results.records import DatasetRecord, EvalRecord, RunRecord, TrialRecord
 from results.store import Store
@@ -147,7 +148,7 @@ def records(
     **config,
 ):
     """A method's runs with normalised scores in points, the same at every evaluation."""
-    settings = dict(_published_settings("td3_bc", "", ("hopper-medium-v2",)))
+    settings = dict(published_settings("td3_bc", "", ("hopper-medium-v2",)))
     data = {k.removeprefix("data."): settings.pop(k) for k in list(settings) if "data." in k}
     found = [DatasetRecord(dataset_id, "d", env_id, relation, LOW, HIGH, "D4RL", 10, 1)]
     for seed, score in enumerate(scores):
@@ -183,7 +184,7 @@ def records(
 def report(rows, **options):
     with Store.open("sqlite://") as store:
         store.append(rows)
-        return reproduce(store, settings=_published_settings, **options)
+        return reproduce(store, settings=published_settings, **options)
 
 
 def only(rows, **options):
@@ -315,7 +316,7 @@ def test_printed_steps_are_those_of_our_tables():
     """Otherwise a faithful run would be called another protocol."""
     checked = 0
     for score in published_scores():
-        known = score.algorithm and _published_settings(
+        known = score.algorithm and published_settings(
             score.algorithm, score.preset, (score.dataset,)
         )
         if known and score.steps is not None:

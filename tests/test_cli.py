@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from harness import cli
+from harness.cli import reproducing
 from tests import inline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -119,6 +121,22 @@ def test_algorithms_are_listed_with_their_config():
     code, _, error = invoke("algorithms", "difusion_ql")
     assert code == cli.USAGE
     assert "diffusion_ql" in error
+
+
+def test_the_quickstart_finds_its_experiment_and_ends_as_its_sweep(bandit, monkeypatch):
+    asked = []
+
+    def interrupted(experiment, *_):
+        asked.append(experiment)
+        raise typer.Exit(cli.INTERRUPTED)
+
+    monkeypatch.setattr(reproducing, "_make_quickstart_data", lambda: None)
+    monkeypatch.setattr(reproducing, "sweep_experiment", interrupted)
+    code, _, error = invoke("quickstart", f"datasets=[{bandit}]")
+    assert code == cli.INTERRUPTED, error
+    (experiment,) = asked
+    assert experiment.name == "quickstart"
+    assert {trial.dataset_id for trial in experiment.trials} == {bandit}
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_command_line_modules_import_nothing_heavy() -> None:
     import subprocess
 
     code = (
-        "import sys, harness.datasets, harness.datasets.cli\n"
+        "import sys, harness.datasets, harness.cli.data\n"
         "bad = {'torch', 'minari', 'pandas', 'h5py', 'gymnasium'} & set(sys.modules)\n"
         "assert not bad, bad"
     )

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from harness import datasets
+from harness.cli.data import app
 from harness.datasets import DatasetError, DataSpec, load, load_raw
 from harness.datasets.bandit2d import make_bandit2d, make_ring2d
-from harness.datasets.cli import app
 from harness.datasets.pointmaze import make_pointmaze, shortest_path
 from harness.datasets.routes import make_routes, route_cells
 from harness.environments import Bandit2D, Ring2D, evaluation_environment, pointmaze_map

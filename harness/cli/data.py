@@ -11,24 +11,24 @@ from typing import Annotated, Any
 
 import typer
 
+from harness.cli.exit_codes import USAGE
+from harness.cli.options import JsonOption, OverwriteOption
+
 app = typer.Typer(help="Datasets: list, inspect, check, make, import, download.")
 make_app = typer.Typer(help="Generate a dataset in a real environment.")
 app.add_typer(make_app, name="make")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")]
-
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Prints an expected error as one message and exits with status 2, as a usage error does."""
+    """Prints an expected error as one message and exits as a usage error does."""
     from harness.datasets.errors import DatasetError
 
     try:
         yield
     except (DatasetError, ValueError, TypeError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(USAGE) from error
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def list_(
     published: Annotated[
         bool, typer.Option("--published", help="Also ids and D4RL names that can be fetched.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Shows the datasets in the local store."""
     import fnmatch
@@ -117,7 +117,7 @@ def card_(
     reference: Annotated[
         str | None, typer.Option(help="Dataset that coverage (SACo) is relative to.")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Shows counts, returns, coverage, references, digest and known defects."""
     from harness.datasets import card
@@ -139,7 +139,7 @@ def verify_(
     accept: Annotated[
         bool, typer.Option("--accept", help="Take the present content as right.")
     ] = False,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Reads every byte again and compares it with what was recorded."""
     from harness.datasets import DatasetError, digest, local, match, verify
@@ -172,8 +172,8 @@ def make_pointmaze_(
     dense: Annotated[bool, typer.Option("--dense", help="Dense reward.")] = False,
     noise: Annotated[float, typer.Option(help="Action noise; D4RL's is 0.5.", min=0.0)] = 0.5,
     dataset_id: Annotated[str | None, typer.Option("--id", help="Dataset id.")] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Rolls out a waypoint controller in Gymnasium-Robotics' PointMaze."""
     from harness.datasets.pointmaze import make_pointmaze
@@ -200,8 +200,8 @@ for _maze in ("open", "umaze", "medium", "large"):
         dense: Annotated[bool, typer.Option("--dense", help="Dense reward.")] = False,
         noise: Annotated[float, typer.Option(help="Action noise; D4RL's is 0.5.", min=0.0)] = 0.5,
         dataset_id: Annotated[str | None, typer.Option("--id", help="Dataset id.")] = None,
-        overwrite: Overwrite = False,
-        as_json: Json = False,
+        overwrite: OverwriteOption = False,
+        as_json: JsonOption = False,
         maze: Annotated[str, typer.Option(hidden=True)] = _maze,
     ) -> None:
         make_pointmaze_(maze, steps, seed, dense, noise, dataset_id, overwrite, as_json)
@@ -219,8 +219,8 @@ def make_routes_(
     dataset_id: Annotated[str, typer.Option("--id", help="Dataset id.")] = (
         "generated/pointmaze/routes-v0"
     ),
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Writes demonstrations of four routes through one maze, all equally often."""
     from harness.datasets.routes import make_routes
@@ -238,8 +238,8 @@ def make_bandit2d_(
     dataset_id: Annotated[str, typer.Option("--id", help="Dataset id.")] = (
         "generated/bandit2d-v0"
     ),
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Writes the 2-D bandit of the Diffusion-QL paper."""
     from harness.datasets.bandit2d import make_bandit2d
@@ -257,8 +257,8 @@ def make_navigation1d_(
     dataset_id: Annotated[
         str | None, typer.Option("--id", help="Dataset id [generated/navigation1d/<kind>-v0].")
     ] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Writes the 1-D navigation toy of the DOSER paper."""
     from harness.datasets.navigation1d import make_navigation1d
@@ -273,8 +273,8 @@ def make_ring2d_(
     seed: Annotated[int, typer.Option(help="Same seed, same data.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="One-step episodes.", min=8)] = 8_000,
     dataset_id: Annotated[str, typer.Option("--id", help="Dataset id.")] = "generated/ring2d-v0",
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Writes the 2-D ring of eight modes of the VDD paper."""
     from harness.datasets.bandit2d import make_ring2d
@@ -297,8 +297,8 @@ def import_(
     clip_actions: Annotated[
         bool, typer.Option("--clip-actions", help="Clip actions beyond [-1, 1].")
     ] = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Converts an original D4RL file into a Minari dataset."""
     from harness.datasets.d4rl import import_d4rl
@@ -322,7 +322,7 @@ def download_(
     remote: Annotated[
         str | None, typer.Option(help="hf://owner, gcp://bucket or file:///mirror.")
     ] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Fetches published datasets; what is already here is left alone."""
     from harness.datasets import digest, download

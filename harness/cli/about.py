@@ -1,0 +1,62 @@
+"""`harness algorithms` and `doctor`: what there is to use, and whether it works here."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from harness.cli.exit_codes import ENVIRONMENT
+from harness.cli.options import DatabaseOption, HomeOption, JsonOption
+from harness.cli.printing import console, print_checks
+
+
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="Show one algorithm's config.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Registered algorithms, or one algorithm's config fields, their defaults and its presets."""
+    import dataclasses
+
+    from harness.registry import Registry, presets_of
+
+    registry = Registry()
+    if name is not None:
+        recipe = registry.get(name)
+        defaults = dataclasses.asdict(recipe.config())
+        presets = presets_of(recipe)
+        if as_json:
+            shown = {"name": name, "revision": recipe.revision, "config": defaults}
+            print(json.dumps({**shown, "presets": presets}))
+            return
+        console.print(f"[bold]{name}[/bold] revision {recipe.revision}: {recipe.summary}")
+        table = Table("field", "default", "type")
+        for item in dataclasses.fields(recipe.config):
+            table.add_row(item.name, repr(defaults[item.name]), str(item.type))
+        console.print(table)
+        for preset, source in presets.items():
+            console.print(f"[bold]preset {preset}[/bold]: {source}")
+        return
+    rows = [(recipe.name, recipe) for recipe in map(registry.get, registry.names())]
+    if as_json:
+        print(json.dumps([{"name": n, "revision": r.revision, "paper": r.paper} for n, r in rows]))
+        return
+    table = Table("name", "revision", "summary", "paper")
+    for label, recipe in rows:
+        table.add_row(label, str(recipe.revision), recipe.summary, recipe.paper)
+    console.print(table)
+
+
+def doctor(home: HomeOption = None, db: DatabaseOption = None, as_json: JsonOption = False) -> None:
+    """Check the environment: versions, compiler, simulator, database, Ray, disk."""
+    from harness.doctor import check
+
+    checks = list(check(home, db))
+    if as_json:
+        print(json.dumps([vars(item) for item in checks]))
+    else:
+        print_checks(checks)
+    if any(item.state == "bad" for item in checks):
+        raise typer.Exit(ENVIRONMENT)

@@ -1,0 +1,58 @@
+"""The two consoles, and what several commands print: tables, paths, what was left out, checks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from harness.preflight import Check
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def print_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> None:
+    """Prints a table whose long cells are folded, not cut."""
+    table = Table(*header)
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_numbers(numbers: Any, paths: Iterable[Path]) -> None:
+    """Prints a frame of numbers and the files written, as JSON."""
+    records = json.loads(numbers.to_json(orient="records"))
+    print(json.dumps({"numbers": records, "files": [str(path) for path in paths]}))
+
+
+def print_paths(paths: Iterable[Path]) -> None:
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def print_left_out(left_out: Mapping[str, str]) -> None:
+    for trial_id, reason in left_out.items():
+        console.print(f"  left out {trial_id[:12]}: {reason}", highlight=False)
+
+
+def print_checks(checks: list[Check]) -> None:
+    if not checks:
+        return
+    table = Table("check", "", "what was found")
+    marks = {
+        "ok": "[green]ok[/green]",
+        "note": "[yellow]note[/yellow]",
+        "bad": "[red]bad[/red]",
+    }
+    for item in checks:
+        table.add_row(escape(item.name), marks[item.state], escape(item.text))
+    console.print(table)

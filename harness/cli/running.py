@@ -1,0 +1,237 @@
+"""`harness sweep`, `work` and `status`: running what a spec asks for, and how far it has come."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from harness.cli.exit_codes import ENVIRONMENT, INTERRUPTED, SOME_FAILED
+from harness.cli.options import (
+    DatabaseOption,
+    HomeOption,
+    JsonOption,
+    OptionalSpec,
+    OverridesArgument,
+    SpecArgument,
+    open_store,
+    trial_ids_of,
+)
+from harness.cli.printing import console, errors, print_checks
+
+if TYPE_CHECKING:
+    from harness.preflight import Check
+    from harness.spec import Experiment
+
+
+def sweep(
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, run nothing.")
+    ] = False,
+    retry_diverged: Annotated[
+        bool, typer.Option("--retry-diverged", help="Run diverged trials again, from step 0.")
+    ] = False,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train and evaluate what a spec asks for and the database does not have yet."""
+    from harness.spec import load_experiment
+
+    experiment = load_experiment(spec, overrides or [])
+    sweep_experiment(experiment, dry_run, retry_diverged, home, db, as_json)
+
+
+def sweep_experiment(
+    experiment: Experiment,
+    dry_run: bool,
+    retry_diverged: bool,
+    home: str | None,
+    db: str | None,
+    as_json: bool,
+) -> None:
+    """Plans, checks and runs an experiment; leaves by `typer.Exit` unless all went well."""
+    from harness.display import Display
+    from harness.plan import measured_rates
+    from harness.preflight import Probe, check, described
+    from harness.registry import Registry
+    from harness.sweep import plan_sweep, run_sweep
+
+    found, store = open_store(home, db)
+    retry = ("failed", "diverged") if retry_diverged else ("failed",)
+    with store:
+        probe = Probe(experiment.run, Registry())
+        planned = plan_sweep(
+            experiment, store, found, retry=retry, register=not dry_run, probe=probe
+        )
+        plan = planned.describe(measured_rates(store))
+        if dry_run:
+            checks = check(planned, store, found, probe)
+            _print_plan(described(plan, planned, probe), checks, as_json)
+            if any(item.state == "bad" for item in checks):
+                raise typer.Exit(ENVIRONMENT)
+            return
+        if not as_json:
+            _print_plan_line(plan)
+
+        def run_queue(queue: Any, on_interrupt: Any) -> None:
+            from harness import tune
+
+            with tune.cluster():
+                tune.run_queue(queue, experiment.run, on_interrupt)
+
+        def display(total: int) -> Display:
+            return Display(errors if as_json else console, total)
+
+        summary = run_sweep(
+            experiment, store, found, display, run_queue, retry=retry, plan=planned, probe=probe
+        )
+        if as_json:
+            print(json.dumps({"counts": summary.counts, "errors": summary.errors}))
+        else:
+            _print_summary(summary, store.url)
+    if summary.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if not summary.ok:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _print_plan_line(plan: dict[str, Any]) -> None:
+    from harness.plan import duration
+
+    counts = plan["counts"]
+    text = f"[bold]{plan['name']}[/bold]: {counts['trials']} trials, {counts['trials_done']} done"
+    if counts["stacks"]:
+        text += f", {counts['stacks']} stacks to run; training left: {duration(plan['seconds'])}"
+    console.print(text, highlight=False)
+
+
+def _print_plan(plan: dict[str, Any], checks: list[Check], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({**plan, "checks": [vars(item) for item in checks]}, indent=2))
+        return
+    from harness.plan import plan_tables
+
+    for item in plan_tables(plan):
+        console.print(item)
+    print_checks(checks)
+
+
+def _print_summary(summary: Any, url: str) -> None:
+    from harness.provenance import git_state
+
+    counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.counts.items()))
+    what = f"{summary.trained} stacks run" if summary.trained else "nothing to train"
+    console.print(f"{counts} ({what} in {summary.seconds:.0f} s)", highlight=False)
+    for trial_id, error in sorted(summary.errors.items()):
+        if summary.statuses[trial_id] != "done":
+            status = f"[red]{summary.statuses[trial_id]}[/red]"
+            console.print(f"  {trial_id[:12]} {status}: {_last_line(error)}", highlight=False)
+    console.print(f"database: {url}", highlight=False, soft_wrap=True)
+    commit, dirty = git_state()
+    if dirty:
+        errors.print(
+            f"[yellow]note[/yellow] the harness's code differs from commit {commit[:12]}: "
+            "these runs are recorded as dirty"
+        )
+    if summary.interrupted:
+        console.print("interrupted; the same command continues from the last checkpoints")
+
+
+def _last_line(error: str | None) -> str:
+    """The line of a traceback that says what happened."""
+    lines = (error or "").strip().splitlines()
+    return escape(lines[-1]) if lines else "no reason was recorded"
+
+
+def work(
+    spec: SpecArgument,
+    overrides: OverridesArgument = None,
+    shard: Annotated[
+        str, typer.Option(help="INDEX/COUNT: the share of the trials to work on.")
+    ] = "0/1",
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+) -> None:
+    """A share of a sweep in this process, without Ray; `harness sweep` then takes in the rows."""
+    from harness.display import Display
+    from harness.home import Home
+    from harness.spec import load_experiment
+    from harness.stopping import stop_on_signals
+    from harness.sweep import title
+    from harness.work import Shard
+    from harness.work import work as run
+    from results.store import Store
+
+    experiment = Shard.parse(shard).of(load_experiment(spec, overrides or []))
+    found = Home.find(home).shared(experiment.run.storage)
+    store = Store.open(found.database_url(db)) if found.has_database(db) else None
+    display = Display(console, len({trial.variant_id for trial in experiment.trials}))
+    with (
+        stop_on_signals(found.stop_file()) as stop_file,
+        display,
+    ):
+        done = run(
+            experiment,
+            found,
+            store,
+            lambda stack, progress: display.update(
+                stack.id, title(stack), len(stack.seeds), progress
+            ),
+            lambda stack, text: display.end(stack.id, f"{title(stack)}: {text}"),
+            stop_file,
+        )
+    console.print(
+        f"shard {shard}: {len(experiment.trials)} trials, {done.stacks} stacks run. "
+        "`harness sweep` with the same spec and home puts the rows into the database"
+    )
+    if done.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if done.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def status(
+    spec: OptionalSpec = None,
+    overrides: OverridesArgument = None,
+    home: HomeOption = None,
+    db: DatabaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Where trials stand: done, running, failed, diverged, never run."""
+    ids = trial_ids_of(spec, overrides)
+    _, store = open_store(home, db)
+    with store:
+        states = store.states(ids)
+    rows: dict[tuple[str, str, str], Counter[str]] = {}
+    steps: Counter[tuple[str, str, str]] = Counter()
+    for state in states:
+        key = (state.label, state.dataset_id, state.variant_id[:8])
+        rows.setdefault(key, Counter())[state.status or "pending"] += 1
+        steps[key] = max(steps[key], state.steps_done or 0)
+    never_seen = len(ids) - len(states) if ids is not None else 0
+    failures = {s.trial_id: s.error for s in states if s.status in ("failed", "diverged")}
+    if as_json:
+        listed = [
+            {"label": k[0], "dataset": k[1], "variant": k[2], "steps": steps[k], **count}
+            for k, count in sorted(rows.items())
+        ]
+        print(json.dumps({"cells": listed, "not_planned_yet": never_seen, "errors": failures}))
+        return
+    known = ("done", "running", "interrupted", "failed", "diverged", "pending")
+    columns = [name for name in known if any(count[name] for count in rows.values())]
+    table = Table("method", "dataset", "variant", "steps", *columns)
+    table.columns[1].overflow = "fold"
+    for key, count in sorted(rows.items()):
+        table.add_row(*key, str(steps[key]), *(str(count[c] or "") for c in columns))
+    console.print(table)
+    if never_seen:
+        console.print(f"{never_seen} trials of the spec were never started")
+    for trial_id, error in sorted(failures.items()):
+        console.print(f"{trial_id[:12]}: {_last_line(error)}", highlight=False)
