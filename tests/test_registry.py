@@ -298,8 +298,8 @@ def test_a_preset_needs_no_other_block(with_hparams: Any) -> None:
 def test_an_unknown_preset_is_an_error_with_the_nearest_name(with_hparams: Any) -> None:
     with pytest.raises(FieldError, match=r"preset 'lon' of 'mine'\. Did you mean 'long'\? Known"):
         hparams_for(with_hparams(PRESETS), ["x"], "lon")
-    with pytest.raises(FieldError, match=r"unknown preset 'long' of 'bc'.*Known: none"):
-        hparams_for(Registry().get("bc"), ["x"], "long")
+    with pytest.raises(FieldError, match=r"unknown preset 'long' of 'td3_bc'.*Known: none"):
+        hparams_for(Registry().get("td3_bc"), ["x"], "long")
 
 
 def test_without_a_file_or_a_block_the_config_defaults_apply(with_hparams: Any) -> None:
