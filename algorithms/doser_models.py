@@ -198,8 +198,11 @@ class CVAENet(VAE):
 
 
 class ActionCVAE(FrozenModel):
-    """The behaviour policy as a CVAE; depth, latent size and weight of the KL term are
-    BCQ's, the width is `hidden_dim` like that of the other models (BCQ's is 750)."""
+    """The behaviour policy as a CVAE, for the detector of the paper's Fig. 4.
+
+    Depth, latent size and weight of the KL term are BCQ's; the width is `hidden_dim` like that of
+    the other models (BCQ's is 750).
+    """
 
     @staticmethod
     def build(rng: Rng, spec: DatasetSpec, config: ModelConfig) -> CVAENet:

@@ -14,6 +14,9 @@ from torch import Tensor
 Step = Callable[[tuple[int, ...]], tuple[tuple[str, ...], Tensor]]
 """phase -> names and values [M, K] of the metrics; changes its tensors in place only."""
 
+Recording = tuple[torch.cuda.CUDAGraph, tuple[str, ...], Tensor]
+"""The graph of one phase with the names and values [M, K] of the metrics that it writes."""
+
 WARM_UP_CALLS = 3
 """Calls of a phase before it is recorded: they compile, load kernels and fill the allocator."""
 
@@ -34,8 +37,7 @@ class GraphedStep:
         self.step = step
         self.refused = ""
         self._calls: dict[tuple[int, ...], int] = {}
-        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[str, ...], Tensor]]
-        self._graphs = {}
+        self._graphs: dict[tuple[int, ...], Recording] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, phase: tuple[int, ...]) -> tuple[tuple[str, ...], Tensor]:

@@ -136,14 +136,15 @@ def shipped() -> list[Path]:
     return sorted(SHIPPED.glob("*/rows.parquet"))
 
 
+def is_archive(source: str | None) -> bool:
+    """Whether `source` names an archive (*.parquet) and not a database."""
+    return source is not None and source.endswith(".parquet")
+
+
 def open_results(source: str | None = None) -> Store:
     """A database to read: a URL, an archive (*.parquet), or None for what came with the package."""
     from results.store import Store
 
     if source is None:
         return open_archive(*shipped())
-    return (
-        open_archive(Path(source))
-        if source.endswith(".parquet")
-        else Store.open(source, read_only=True)
-    )
+    return open_archive(Path(source)) if is_archive(source) else Store.open(source, read_only=True)

@@ -430,7 +430,7 @@ seeds: 0
 def test_a_preset_lies_between_the_datasets_block_and_the_experiment(load: Any) -> None:
     (trial,) = load(PRESETS, "algorithms=later").trials
     assert trial.config["steps"] == 3_000_000  # the preset's
-    assert trial.config["expectile"] == 0.7  # the dataset's
+    assert trial.data["reward"] == "trajectory_range"  # the dataset's
     assert trial.config["tau"] == 0.1  # the experiment's
     (shorter,) = load(PRESETS, "algorithms=later", "steps=7").trials
     assert (shorter.config["steps"], shorter.config["batch_size"]) == (7, 512)

@@ -74,7 +74,7 @@ def open_to_read(home: str | None, db: str | None, spec: Path | None) -> tuple[H
     from results import archive
 
     found = Home.find(home)
-    if db is not None and db.endswith(".parquet"):
+    if db is not None and archive.is_archive(db):
         return found, archive.open_archive(Path(db))
     shipped = shipped_archives(found, db, spec)
     return (found, archive.open_archive(*shipped)) if shipped else open_store(home, db)
@@ -84,7 +84,7 @@ def shipped_archives(home: Home, db: str | None, spec: Path | None) -> list[Path
     """Archives to show in place of a database that is not there yet; says that it does so."""
     from results import archive
 
-    if spec is not None or (db is not None and db.endswith(".parquet")) or home.has_database(db):
+    if spec is not None or archive.is_archive(db) or home.has_database(db):
         return []
     found = archive.shipped()
     if found:

@@ -174,10 +174,11 @@ def claims(
     """Whether what an experiment claims does show: differences by seed, with verdicts."""
     from analysis import claims as report
     from harness.spec import claims_of, load_experiment
+    from results.archive import is_archive
 
     found, store = open_to_read(home, db, spec)
     with store:
-        if db is not None and db.endswith(".parquet"):
+        if is_archive(db):
             # All rows of an archive are one experiment's, and its data need not be here.
             stated, ids = claims_of(spec, overrides or []), None
         else:
