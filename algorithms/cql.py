@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from algorithms.api import Batch, Dataset, DatasetSpec, Metrics, Recipe, Rng, Train
 from algorithms.blocks.bounds import ActionBounds
 from algorithms.blocks.critics import QEnsemble, polyak_update, squared_td_error, td_target
-from algorithms.blocks.entropy import LogScalar, entropy_loss
+from algorithms.blocks.entropy import LogScalar, entropy_loss, positive
 from algorithms.blocks.gaussians import TanhGaussian, tanh_normal
 from algorithms.blocks.layers import frozen_copy
 from algorithms.blocks.normalizer import Normalizer
@@ -148,7 +148,7 @@ class CQL(nn.Module):
     def update(self, batch: Batch, rng: Rng) -> Metrics:
         """Gradients of temperature, actor, multiplier and critics; then their steps; targets."""
         obs, next_obs = self.normalize(batch.obs), self.normalize(batch.next_obs)
-        entropy_coef = self.entropy_coef()
+        entropy_coef = self.entropy_coef.value()
         noise = rng.normal(*batch.action.shape[1:])
 
         actor_grads, metrics = gradients(
@@ -229,7 +229,7 @@ class CQL(nn.Module):
         metrics = {"td_error": td_error, "q": data_q.mean(dim=(1, 2)), "gap": gap.mean(dim=-1)}
         if config.lagrange:
             excess = (gap - config.target_gap).sum(dim=-1)
-            penalty = self.multiplier() * config.cql_coef * excess
+            penalty = self.multiplier.value() * config.cql_coef * excess
         else:
             penalty = config.cql_coef * gap.sum(dim=-1)
         per_seed = td_error + penalty
@@ -237,7 +237,7 @@ class CQL(nn.Module):
 
     def multiplier_loss(self, multiplier: Any, gap: Tensor) -> tuple[Tensor, Metrics]:
         """-alpha' cql_coef (gap - target gap), mean over the critics: Eq. 30, [K]."""
-        now = multiplier()
+        now = positive(multiplier())
         per_seed = -now * self.config.cql_coef * (gap - self.config.target_gap)
         return per_seed, {"multiplier": now}
 

@@ -288,7 +288,7 @@ class DOSER(nn.Module):
         """Eq. 14 with the smallest critic, mean over the batch, [K]."""
         chosen, log_pi = self.draw(actor, obs, noise)
         q = self.critic(obs, chosen).amin(dim=1)  # [K, B]
-        per_seed = (self.entropy_coef().unsqueeze(1) * log_pi - q).mean(dim=-1)
+        per_seed = (self.entropy_coef.value().unsqueeze(1) * log_pi - q).mean(dim=-1)
         return per_seed, {"actor_loss": per_seed, "q_policy": q.mean(dim=-1)}
 
     def q_target(self, batch: Batch, next_obs: Tensor, noise: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class DOSER(nn.Module):
         else:
             next_action, log_pi = self.draw(self.target_actor, next_obs, noise)
             next_v = self.target_critic(next_obs, next_action).amin(dim=1)
-            next_v = next_v - self.entropy_coef().unsqueeze(1) * log_pi
+            next_v = next_v - self.entropy_coef.value().unsqueeze(1) * log_pi
         return td_target(batch.reward, batch.terminated, next_v, self.config.discount)
 
     def update_critic(

@@ -173,7 +173,7 @@ def test_entropy_coefficient_rises_when_the_policy_is_too_sure_and_falls_otherwi
 def test_multiplier_grows_while_the_gap_is_above_its_target():
     for target_gap, grows in ((-100.0, True), (100.0, False)):
         learner = build(lagrange=True, target_gap=target_gap)
-        assert learner.multiplier().tolist() == pytest.approx([math.e] * 2)
+        assert learner.multiplier.value().tolist() == pytest.approx([math.e] * 2)
         with torch.no_grad():
             learner.update(learner.sample(DATASET, rng_of(SEEDS)), rng_of(SEEDS))
         assert (learner.multiplier.log[:, 0] > 1).tolist() == [grows, grows]

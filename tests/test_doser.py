@@ -175,7 +175,9 @@ def test_two_steps_are_those_of_plain_pytorch():
     for e in (0, 1):
         assert_same_network(learner.value, seed, values[e], e)
         assert_same_network(learner.target_value, seed, value_targets[e], e)
-    assert learner.entropy_coef()[seed].item() == pytest.approx(log_alpha.exp().item(), rel=1e-5)
+    assert learner.entropy_coef.value()[seed].item() == pytest.approx(
+        log_alpha.exp().item(), rel=1e-5
+    )
 
 
 def test_the_actors_rate_falls_to_zero_over_its_own_updates():

@@ -14,10 +14,10 @@ MULTIPLIER_MAX = 1e6
 
 
 class LogScalar(nn.Module):
-    """exp of a learned number per seed, at most `MULTIPLIER_MAX`: [K].
+    """A number per seed that is learned as its logarithm: [K].
 
     Args:
-        start: the learned number at first; the value is its exponential.
+        start: the logarithm at first.
     """
 
     def __init__(self, rng: Rng, start: float) -> None:
@@ -26,7 +26,16 @@ class LogScalar(nn.Module):
         self.log = constant(log.unsqueeze(1))  # [K, 1]
 
     def forward(self) -> Tensor:
-        return self.log.squeeze(1).exp().clamp(max=MULTIPLIER_MAX)
+        """The logarithm, so that a loss of it has a gradient however small or large the number."""
+        return self.log.squeeze(1)
+
+    def value(self) -> Tensor:
+        return positive(self())
+
+
+def positive(log: Tensor) -> Tensor:
+    """The number, at most `MULTIPLIER_MAX`."""
+    return log.exp().clamp(max=MULTIPLIER_MAX)
 
 
 def entropy_loss(coef: Any, log_pi: Tensor, target_entropy: float) -> tuple[Tensor, Metrics]:
@@ -38,6 +47,6 @@ def entropy_loss(coef: Any, log_pi: Tensor, target_entropy: float) -> tuple[Tens
         coef: a `LogScalar`, or its stand-in.
         log_pi: mean log density of the policy's actions, [K].
     """
-    now = coef()
-    per_seed = -torch.log(now) * (log_pi + target_entropy)
-    return per_seed, {"entropy_coef": now}
+    log = coef()
+    per_seed = -log * (log_pi + target_entropy)
+    return per_seed, {"entropy_coef": positive(log)}
