@@ -36,6 +36,15 @@ KINDS = {
 }
 """What an archive holds; artifacts stay where they are, so their rows are left out."""
 
+_OF_RUNS = (
+    records.RunRecord,
+    records.EvalRecord,
+    records.MetricRecord,
+    records.LatencyRecord,
+)
+OUTCOMES = ("done", "diverged")
+"""Statuses after which a run is not continued."""
+
 SHIPPED = Path(__file__).parent / "evidence"
 """Archives that come with the package: <name>/rows.parquet beside <name>/spec.yaml."""
 
@@ -109,17 +118,82 @@ def _record(kind: str, text: str, path: Path) -> Any:
         raise StoreError(f"{path}: a {kind} does not fit this version: {error}") from error
 
 
-def merge(store: Store, paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Adds archives to a database: for each, its rows and how many of them were new or newer.
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What became of an archive's rows.
+
+    Attributes:
+        rows: how many it has.
+        added: rows that were new, or newer.
+        known: trials that had an outcome here already: the archive's other training was left out.
+        unfinished: runs that were left out because they can only be continued where they began.
+    """
+
+    rows: int
+    added: int
+    known: int
+    unfinished: int
+
+
+def merge(store: Store, paths: Sequence[Path]) -> list[Merged]:
+    """Adds archives to a database, and tells for each what was added and what was left out.
 
     Trials are the same wherever they ran, so that those done elsewhere count as done here; their
-    policies are not there. All archives are read before the first row is written.
+    policies are not there. A run comes whole or not at all: rows of two trainings of one trial are
+    never mixed. Where both have an outcome the one that is here stays. All archives are read
+    before the first row is written.
 
     Raises:
         StoreError: if a file is missing or is no archive.
     """
-    found = [read(path) for path in paths]
-    return [(len(rows), store.append(rows)) for rows in found]
+    return [_merge(store, rows, keep_unfinished=False) for rows in [read(path) for path in paths]]
+
+
+def _merge(store: Store, rows: list[Record], keep_unfinished: bool) -> Merged:
+    incoming: dict[str, list[records.RunRecord]] = {}
+    for row in rows:
+        if isinstance(row, records.RunRecord):
+            incoming.setdefault(row.trial_id, []).append(row)
+    here: dict[str, list[records.RunRecord]] = {trial_id: [] for trial_id in incoming}
+    for run in store.records([records.RunRecord], incoming):
+        assert isinstance(run, records.RunRecord)
+        here[run.trial_id].append(run)
+    kept: dict[str, records.RunRecord] = {}  # run id in the archive -> what it is here
+    known = unfinished = 0
+    for trial_id, runs in incoming.items():
+        ours = [run for run in here[trial_id] if not any(_same(run, other) for other in runs)]
+        decided = any(run.status in OUTCOMES for run in ours)
+        known += decided
+        for run in runs:
+            same = next((other for other in here[trial_id] if _same(run, other)), None)
+            if same is not None:
+                kept[run.run_id] = same
+            elif not decided and run.status not in OUTCOMES and (ours or not keep_unfinished):
+                unfinished += 1
+            elif not decided:
+                kept[run.run_id] = _beside(run, ours)
+    found: list[Record] = []
+    for row in rows:
+        if not isinstance(row, _OF_RUNS):
+            found.append(row)
+        elif row.run_id in kept:
+            own = kept[row.run_id]
+            changes = {"attempt": own.attempt} if isinstance(row, records.RunRecord) else {}
+            found.append(dataclasses.replace(row, run_id=own.run_id, **changes))
+    return Merged(len(rows), store.append(found), known, unfinished)
+
+
+def _beside(run: records.RunRecord, ours: Sequence[records.RunRecord]) -> records.RunRecord:
+    """The run, as a later attempt under a name of its own where others of its trial are."""
+    if not ours:
+        return run
+    attempt = max(other.attempt for other in ours) + run.attempt
+    return dataclasses.replace(run, run_id=f"{run.run_id}-m{attempt}", attempt=attempt)
+
+
+def _same(one: records.RunRecord, other: records.RunRecord) -> bool:
+    """Whether these are states of one run: a run keeps its start (microseconds) for life."""
+    return one.trial_id == other.trial_id and one.started_at == other.started_at
 
 
 def open_archive(*paths: Path) -> Store:
@@ -127,7 +201,8 @@ def open_archive(*paths: Path) -> Store:
     from results.store import Store
 
     store = Store.open("sqlite://")
-    store.append([record for path in paths for record in read(path)])
+    for path in paths:
+        _merge(store, read(path), keep_unfinished=True)
     return store
 
 

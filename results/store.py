@@ -59,7 +59,7 @@ _STATUSES: tuple[str, ...] = get_args(Status)
 
 @dataclasses.dataclass(frozen=True)
 class TrialState:
-    """How far the latest attempt of a trial is.
+    """How far the attempt of a trial is that counts (see `Store.statuses`).
 
     Attributes:
         status: None if it never ran.
@@ -281,7 +281,8 @@ class Store:
         trial_ids: Iterable[str] | None = None,
         statuses: Sequence[Status] = ("done", "diverged", "running"),
     ) -> pd.DataFrame:
-        """Mean return per evaluation, of one run per trial: its latest attempt with such a status.
+        """Mean return per evaluation, of one run per trial: of its attempts with such a status the
+        one that `statuses` prefers.
 
         Columns: trial_id, run_id, status, step, mean_return (NaN if any episode's return is),
         mean_length, episodes (how many).
@@ -295,7 +296,7 @@ class Store:
             sa.func.row_number()
             .over(
                 partition_by=run.c.trial_id,
-                order_by=[column.desc() for column in _attempt_order(run.c)],
+                order_by=[column.desc() for column in _standing_order(run.c)],
             )
             .label("place"),
         ).where(run.c.status.in_(list(statuses)))
@@ -376,6 +377,8 @@ class Store:
     ) -> Iterator[Record]:
         """Everything stored of some trials as it was appended, parents first.
 
+        All of one moment, also while others write: no record lacks its parent.
+
         Args:
             kinds: record classes.
             trial_ids: of which trials; None for all.
@@ -396,20 +399,24 @@ class Store:
             DetectionRecord: schema.detections.c.dataset_id.in_(used),
         }
         wanted = set(kinds)
-        for kind, table in _TABLES.items():
-            if kind not in wanted:
-                continue
-            names = [field.name for field in dataclasses.fields(kind)]
-            query = sa.select(*(table.c[name] for name in names)).where(restrict[kind])
-            for row in self._read(query.order_by(*table.primary_key)):
-                values = dict(zip(names, row, strict=True))
-                yield from_json(kind, values)
+        with connecting.explain(self._url), self._snapshot() as connection:
+            for kind, table in _TABLES.items():
+                if kind not in wanted:
+                    continue
+                names = [field.name for field in dataclasses.fields(kind)]
+                query = sa.select(*(table.c[name] for name in names)).where(restrict[kind])
+                for row in connection.execute(query.order_by(*table.primary_key)):
+                    values = dict(zip(names, row, strict=True))
+                    yield from_json(kind, values)
 
     def statuses(self, trial_ids: Iterable[str] | None = None) -> dict[str, RunRecord]:
-        """The latest attempt of each trial; trials without a run have no entry."""
+        """The attempt of each trial that counts: the latest that is done, else the latest.
+
+        Trials without a run have no entry.
+        """
         table = schema.runs
         columns = [table.c[field.name] for field in dataclasses.fields(RunRecord)]
-        query = sa.select(*columns).order_by(*_attempt_order(table.c))
+        query = sa.select(*columns).order_by(*_standing_order(table.c))
         latest: dict[str, RunRecord] = {}
         for row in self._read(self._only(query, table.c.trial_id, trial_ids)):
             latest[row.trial_id] = from_json(RunRecord, dict(row._mapping))
@@ -430,7 +437,7 @@ class Store:
             .outerjoin_from(schema.trials, schema.runs)
             .order_by(
                 *(trial.label, trial.dataset_id, trial.variant_id, trial.seed, trial.trial_id),
-                *_attempt_order(run),
+                *_standing_order(run),
             )
         )
         rows = self._read(self._only(query, trial.trial_id, trial_ids))
@@ -472,6 +479,13 @@ class Store:
 
     def _connect(self) -> sa.Connection:
         return self._engine.connect().execution_options(reads=True)
+
+    def _snapshot(self) -> sa.Connection:
+        """A connection whose queries all see the database as the first of them does."""
+        connection = self._connect()
+        if self._engine.dialect.name == "postgresql":
+            return connection.execution_options(isolation_level="REPEATABLE READ")
+        return connection  # SQLite's transactions are like that
 
     def _read(self, query: Any) -> Sequence[sa.Row[Any]]:
         with connecting.explain(self._url), self._connect() as connection:
@@ -567,6 +581,11 @@ def _mean(column: Any) -> sa.Function[float]:
 
 def _attempt_order(columns: Any) -> list[Any]:
     return [columns.attempt, columns.started_at, columns.run_id]
+
+
+def _standing_order(columns: Any) -> list[Any]:
+    """The attempt that counts comes last: what is done is not undone by a later try elsewhere."""
+    return [sa.case((columns.status == "done", 1), else_=0), *_attempt_order(columns)]
 
 
 def _check_statuses(statuses: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import sys
 import pytest
 
 from analysis import leaderboard
+from analysis.load import load_scores
 from results import archive
+from results.archive import Merged
 from results.errors import StoreError
-from results.records import LatencyRecord, MetricRecord, RunRecord
+from results.records import EvalRecord, LatencyRecord, MetricRecord, RunRecord
 from results.store import Store
 from tests.test_analysis_leaderboard import A, B, complete, trial
 
@@ -58,10 +61,85 @@ def test_merging_makes_trials_of_elsewhere_done_here_and_again_changes_nothing(s
         archive.write(store, path, ids) for path, ids in zip(parts, (first, rest), strict=True)
     ]
     with Store.open("sqlite://") as here:
-        assert archive.merge(here, parts) == [(size, size) for size in sizes]
+        assert archive.merge(here, parts) == [Merged(size, size, 0, 0) for size in sizes]
         assert here.counts() == store.counts()
         assert {run.status for run in here.statuses(first).values()} == {"done"}
-        assert archive.merge(here, parts) == [(size, 0) for size in sizes]
+        assert archive.merge(here, parts) == [Merged(size, 0, 0, 0) for size in sizes]
+
+
+def trained(score, hour, status="done", steps=(10, 20, 30, 40)):
+    """Records of one trial, trained by a machine that began at some hour."""
+    records = trial("m", A, 0, status=status, returns={step: [score, score] for step in steps})
+    time = f"2031-05-06T{hour:02d}:00:00Z"
+    return [
+        dataclasses.replace(record, started_at=time) if isinstance(record, RunRecord) else record
+        for record in records
+    ]
+
+
+def archived(tmp_path, records):
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet"
+    with Store.open("sqlite://") as elsewhere:
+        elsewhere.append([A, *records])
+        archive.write(elsewhere, path)
+    return path
+
+
+@pytest.mark.parametrize("status", ["interrupted", "failed", "running"])
+def test_two_trainings_of_a_trial_are_never_mixed(tmp_path, status):
+    """One began here and stopped, the other is done elsewhere; then ours is continued as well."""
+    with Store.open("sqlite://") as here:
+        here.append([A, *trained(90, 7, status, (10, 20, 30))])
+        path = archived(tmp_path, trained(10, 8))
+        (merged,) = archive.merge(here, [path])
+        assert (merged.known, merged.unfinished) == (0, 0)
+        assert load_scores(here, select="last-4").matrix("m") == [[0.1]]
+        assert archive.merge(here, [path])[0].added == 0
+        here.append(trained(90, 7))
+        assert set(here.evaluations().groupby("run_id").episode_return.nunique()) == {1}
+        assert load_scores(here, select="last-4").matrix("m") == [[0.1]]
+
+
+@pytest.mark.parametrize("status", ["done", "diverged"])
+def test_an_outcome_stays_whatever_is_merged(tmp_path, status):
+    with Store.open("sqlite://") as here:
+        here.append([A, *trained(90, 7)])
+        before = here.counts()
+        (merged,) = archive.merge(here, [archived(tmp_path, trained(10, 8, status))])
+        assert (merged.added, merged.known) == (0, 1)
+        assert here.counts() == before
+
+
+def test_what_is_unfinished_elsewhere_is_not_continued_here(tmp_path):
+    path = archived(tmp_path, trained(90, 7, "interrupted", (10, 20, 30)))
+    with Store.open("sqlite://") as here:
+        (merged,) = archive.merge(here, [path])
+        assert (merged.unfinished, here.counts()["runs"]) == (1, 0)
+        here.append(trained(10, 8))
+        assert load_scores(here, select="best").matrix("m") == [[0.1]]
+    with archive.open_archive(path) as shown:  # to look at, it is there
+        assert [state.status for state in shown.states()] == ["interrupted"]
+
+
+def test_a_second_attempt_of_the_same_machine_comes_along(tmp_path):
+    first, second = trained(0, 7, "diverged", (10,)), trained(60, 9)
+    second = [
+        dataclasses.replace(record, run_id=record.run_id.replace("#1", "#2"))
+        if isinstance(record, (RunRecord, EvalRecord))
+        else record
+        for record in second
+    ]
+    second = [
+        dataclasses.replace(record, attempt=2) if isinstance(record, RunRecord) else record
+        for record in second
+    ]
+    with Store.open("sqlite://") as here:
+        here.append([A, *first])
+        path = archived(tmp_path, [*first, *second])
+        assert archive.merge(here, [path])[0].known == 0
+        assert load_scores(here).matrix("m") == [[0.6]]
+    with archive.open_archive(path) as shown:
+        assert load_scores(shown).matrix("m") == [[0.6]]
 
 
 def test_nothing_is_merged_if_one_of_the_files_is_no_archive(store, tmp_path):

@@ -475,6 +475,23 @@ def test_the_latest_attempt_is_the_status_of_a_trial(store):
     assert store.runs(["t0"]).run_id.tolist() == ["r0", "r1"]
 
 
+def test_what_is_done_is_not_undone_by_a_later_attempt(store):
+    later = [make_run("r1", attempt=2), make_run("r2", attempt=3, status="diverged", error="nan")]
+    store.append([DATASET, make_trial(), make_run("r0", **DONE), *later])
+    assert store.statuses()["t0"].run_id == "r0"
+    assert [state.status for state in store.states()] == ["done"]
+
+
+def test_records_are_of_one_moment_although_others_write(url):
+    with Store.open(url) as reader, Store.open(url) as writer:
+        writer.append([DATASET, make_trial(), make_run(), *make_evals("r0", [10])])
+        found = reader.records([RunRecord, EvalRecord])
+        first = next(found)
+        writer.append([make_trial("t1", seed=1), make_run("q0", "t1"), *make_evals("q0", [10])])
+        assert {record.run_id for record in (first, *found)} == {"r0"}
+        assert len(writer.evaluations()) == 6
+
+
 def test_evaluation_means_take_one_attempt_per_trial_and_never_a_failed_one(store):
     runs = [
         make_run("r0", **DONE),
@@ -487,11 +504,11 @@ def test_evaluation_means_take_one_attempt_per_trial_and_never_a_failed_one(stor
     store.append([DATASET, *trials, *runs, *evals])
     means = store.evaluation_means()
     assert means[["trial_id", "run_id", "step"]].values.tolist() == [
-        *(["t0", "r0", 10], ["t0", "r0", 20], ["t1", "q1", 10], ["t1", "q1", 20]),
+        *(["t0", "r0", 10], ["t0", "r0", 20], ["t1", "q0", 10], ["t1", "q0", 20]),
     ]
     assert means.mean_return.tolist() == [10.25, 20.25] * 2
     assert means.episodes.tolist() == [3] * 4
-    assert means.status.tolist() == ["done"] * 2 + ["running"] * 2
+    assert means.status.tolist() == ["done"] * 4
     only_done = store.evaluation_means(["t1"], statuses=["done"])
     assert only_done.run_id.unique().tolist() == ["q0"]
     with pytest.raises(ValueError, match="'finished'"):

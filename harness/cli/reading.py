@@ -247,6 +247,16 @@ def merge(
 
     _, store = open_store(home, db)
     with store:
-        counts = archives.merge(store, files)
-    for file, (rows, added) in zip(files, counts, strict=True):
-        console.print(f"{file}: {rows} rows, {added} of them new", highlight=False)
+        merged = archives.merge(store, files)
+    for file, found in zip(files, merged, strict=True):
+        console.print(f"{file}: {found.rows} rows, {found.added} of them new", highlight=False)
+        if found.known:
+            console.print(
+                f"  {found.known} trials have an outcome here already: the file's other training "
+                "of them was left out"
+            )
+        if found.unfinished:
+            console.print(
+                f"  {found.unfinished} unfinished runs were left out: they can be continued only "
+                "where their checkpoints are"
+            )
