@@ -27,6 +27,8 @@ from algorithms import (
     td3_bc,
     vdd,
 )
+from harness.datasets.catalog import resolve
+from harness.registry import hparams_for
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = [
@@ -162,11 +164,36 @@ def test_a_minari_set_uses_the_row_of_its_d4rl_counterpart(minari, d4rl):
     assert first_match(recipe, minari) == first_match(recipe, d4rl) != blocks(recipe)[0]
 
 
-@pytest.mark.parametrize("name", ["hopper-random-v2", "door-human-v1", "mujoco/hopper/expert-v0"])
+@pytest.mark.parametrize("name", ["hopper-random-v2", "mujoco/hopper/expert-v0"])
 def test_a_dataset_without_published_settings_gets_the_default_and_it_says_so(name):
     block = first_match(diffusion_ql.recipe, name)
     assert block == blocks(diffusion_ql.recipe)[0]
     assert "no published settings" in block["source"]
+
+
+@pytest.mark.parametrize(
+    "name", ["door-human-v1", "local/pen/expert-v0", "D4RL/relocate/cloned-v2"]
+)
+def test_adroit_without_published_settings_gets_those_of_adroit_and_it_says_so(name):
+    pen = first_match(diffusion_ql.recipe, "pen-human-v1")
+    block = first_match(diffusion_ql.recipe, name)
+    assert (block["config"], block["data"]) == (pen["config"], pen["data"])
+    assert "no published settings" in block["source"]
+    assert first_match(edp.recipe, name)["data"] == {"reward": "min_max"}
+    config = rebrac.Config(**first_match(rebrac.recipe, name)["config"])
+    assert (config.lr, config.critic_lr, config.batch_size) == (3e-4, 3e-4, 256)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+@pytest.mark.parametrize("name", ["D4RL/pointmaze/umaze-v2", "D4RL/pointmaze/large-dense-v2"])
+def test_pointmaze_keeps_the_step_that_holds_the_reward_under_all_its_names(recipe, name):
+    """Minari's sets also have a D4RL name, whose own sets are cut elsewhere."""
+    if not any("*pointmaze*" in block["match"] for block in blocks(recipe)[1:]):
+        pytest.skip("no settings for PointMaze")
+    entry = resolve(name)
+    assert entry.legacy_id is not None
+    found = hparams_for(recipe, [name, entry.id, entry.legacy_id])
+    assert found.data["truncated_last_step"] == "keep"
 
 
 @pytest.mark.parametrize(

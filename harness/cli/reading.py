@@ -21,10 +21,11 @@ from harness.cli.options import (
     OverridesArgument,
     SelectOption,
     SpecArgument,
+    choose_trials,
     open_store,
     open_to_read,
     shipped_archives,
-    trial_ids_of,
+    show_trials,
 )
 from harness.cli.printing import console, print_paths, print_table
 
@@ -63,7 +64,7 @@ def leaderboard(
             return
     _, store = open_to_read(home, db, spec)
     with store:
-        ids = trial_ids_of(spec, overrides)
+        ids = choose_trials(store, spec, overrides)
         if html is None:
             print_leaderboard(store, ids, select, output_format, seed, interval)
             return
@@ -119,7 +120,7 @@ def table(
 
     _, store = open_to_read(home, db, spec)
     with store:
-        made = dataset_tables.make(store, trial_ids_of(spec, overrides), select, seed)
+        made = dataset_tables.make(store, choose_trials(store, spec, overrides), select, seed)
     print(dataset_tables.render(made, output_format))
 
 
@@ -138,7 +139,7 @@ def figures(
     """Learning curves, aggregate intervals and more, with their sources beside them."""
     found, store = open_to_read(home, db, spec)
     with store:
-        ids = trial_ids_of(spec, overrides)
+        ids = choose_trials(store, spec, overrides)
         if not style:
             draw_figures(store, out or found.figures, ids, select, seed)
             return
@@ -183,7 +184,7 @@ def claims(
             stated, ids = claims_of(spec, overrides or []), None
         else:
             experiment = load_experiment(spec, overrides or [])
-            stated, ids = experiment.claims, [trial.id for trial in experiment.trials]
+            stated, ids = experiment.claims, show_trials(store, experiment)
         built = report.build(store, stated, ids, select)
     paths = report.write(built, out or found.root / "claims" / spec.stem)
     if as_json:
@@ -233,7 +234,7 @@ def archive(
 
     _, store = open_store(home, db)
     with store:
-        count = archives.write(store, out, trial_ids_of(spec, overrides))
+        count = archives.write(store, out, choose_trials(store, spec, overrides))
     console.print(f"{count} rows in {out}")
 
 

@@ -16,6 +16,7 @@ from harness.cli.options import (
     OverridesArgument,
     open_store,
     open_to_read,
+    show_trials,
 )
 from harness.cli.printing import console, errors
 from harness.cli.reading import draw_figures, print_leaderboard
@@ -112,9 +113,9 @@ def _reproduce(
         OmegaConf.to_yaml(OmegaConf.create(dict(experiment.source))),
         f"harness reproduce {reproduction.SPEC} --out .",
     )
-    ids = [trial.id for trial in experiment.trials]
     _, store = open_store(home, db)
     with store:
+        ids = show_trials(store, experiment)
         path = reproduction.write(
             store, folder, ids, request, published_settings, experiment.claims, margin=margin
         )
@@ -137,9 +138,9 @@ def quickstart(
     _make_quickstart_data()
     experiment = load_experiment(spec, overrides or [])
     failure = _swept(experiment, home, db)
-    ids = [trial.id for trial in experiment.trials]
     found, store = open_store(home, db)
     with store:
+        ids = show_trials(store, experiment)
         print_leaderboard(store, ids, "last", "rich", 0)
         console.print("figures:")
         draw_figures(store, found.figures, ids, "last", 0)

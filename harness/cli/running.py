@@ -18,8 +18,8 @@ from harness.cli.options import (
     OptionalSpec,
     OverridesArgument,
     SpecArgument,
+    choose_trials,
     open_store,
-    trial_ids_of,
 )
 from harness.cli.printing import console, errors, print_checks
 
@@ -205,9 +205,9 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Where trials stand: done, running, failed, diverged, never run."""
-    ids = trial_ids_of(spec, overrides)
     _, store = open_store(home, db)
     with store:
+        ids = choose_trials(store, spec, overrides)
         states = store.states(ids)
     rows: dict[tuple[str, str, str], Counter[str]] = {}
     steps: Counter[tuple[str, str, str]] = Counter()
