@@ -62,7 +62,7 @@ def slurm(
 @cluster_app.command("up")
 def cluster_up(
     nodes: Annotated[int, typer.Option(help="Nodes, with the head.")] = 2,
-    cpus: Annotated[int, typer.Option(help="CPUs of each [the machine's, shared].")] = 0,
+    cpus: Annotated[int, typer.Option(help="CPUs of each; 0: the machine's, shared.")] = 0,
     home: HomeOption = None,
 ) -> None:
     """Start a local cluster and print what to export; sweeps then run on it."""
