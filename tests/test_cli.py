@@ -149,6 +149,20 @@ def test_a_sweep_that_needs_nothing_does_not_start_ray(spec):
     assert json.loads(done.stdout)["counts"] == {"done": 3}
 
 
+def test_the_estimate_counts_stacks_that_run_at_once(spec):
+    inline.sweep(spec, Path(os.environ["HARNESS_HOME"]), ["seeds=0"])
+
+    def seconds(most):
+        wanted = ("seeds=0-4", "run.max_stack=1", "run.cpus_per_stack=0.01")
+        code, out, _ = invoke(
+            "sweep", spec, *wanted, f"run.max_concurrent={most}", "--dry-run", "--json"
+        )
+        assert code == cli.OK
+        return json.loads(out)["seconds"]
+
+    assert seconds(2) == pytest.approx(seconds(1) / 2)
+
+
 def test_algorithms_are_listed_with_their_config():
     code, out, _ = invoke("algorithms", "--json")
     assert code == cli.OK

@@ -57,6 +57,7 @@ def sweep_experiment(
 ) -> None:
     """Plans, checks and runs an experiment; leaves by `typer.Exit` unless all went well."""
     from harness.display import Display
+    from harness.memory import Capacity
     from harness.plan import measured_rates
     from harness.preflight import Probe, check, described
     from harness.registry import Registry
@@ -69,7 +70,8 @@ def sweep_experiment(
         planned = plan_sweep(
             experiment, store, found, retry=retry, register=not dry_run, probe=probe
         )
-        plan = planned.describe(measured_rates(store))
+        slots = Capacity.of(experiment.run).slots
+        plan = planned.describe(measured_rates(store), slots)
         if dry_run:
             checks = check(planned, store, found, probe)
             _print_plan(described(plan, planned, probe), checks, as_json)
