@@ -174,7 +174,11 @@ def work(
     experiment = Shard.parse(shard).of(load_experiment(spec, overrides or []))
     found = Home.find(home).shared(experiment.run.storage)
     store = Store.open(found.database_url(db)) if found.has_database(db) else None
-    display = Display(console, len({trial.variant_id for trial in experiment.trials}))
+    display = Display(console, 0)
+
+    def planned(stacks: int) -> None:
+        display.total = stacks
+
     with (
         stop_on_signals(found.stop_file()) as stop_file,
         display,
@@ -188,6 +192,7 @@ def work(
             ),
             lambda stack, text: display.end(stack.id, f"{title(stack)}: {text}"),
             stop_file,
+            planned=planned,
         )
     console.print(
         f"shard {shard}: {len(experiment.trials)} trials, {done.stacks} stacks run. "
