@@ -142,10 +142,16 @@ def test_status_and_plan_show_labels_with_brackets(spec):
     assert "bc[narrow]" in out
 
 
-def test_a_sweep_that_needs_nothing_does_not_start_ray(spec):
-    inline.sweep(spec, Path(os.environ["HARNESS_HOME"]))
+def test_a_sweep_that_needs_nothing_only_tidies_and_does_not_start_ray(spec):
+    home = Path(os.environ["HARNESS_HOME"])
+    inline.sweep(spec, home)
+    left, young = (home / "artifacts" / f".tmp-x-{2**22 + 1}-{name}" for name in "ab")
+    left.mkdir()
+    young.mkdir()
+    os.utime(left, (0, 0))  # of a publication that was killed long ago
     done = run("sweep", spec, "--json")
     assert done.returncode == cli.OK, done.stderr
+    assert (left.exists(), young.exists()) == (False, True)
     assert json.loads(done.stdout)["counts"] == {"done": 3}
 
 

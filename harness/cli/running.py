@@ -56,6 +56,7 @@ def sweep_experiment(
     as_json: bool,
 ) -> None:
     """Plans, checks and runs an experiment; leaves by `typer.Exit` unless all went well."""
+    from harness.artifacts import ArtifactStore
     from harness.display import Display
     from harness.memory import Capacity
     from harness.plan import measured_rates
@@ -80,6 +81,8 @@ def sweep_experiment(
             return
         if not as_json:
             _print_plan_line(plan)
+
+        ArtifactStore(found.artifacts).clean()
 
         def run_queue(queue: Any, on_interrupt: Any) -> None:
             from harness import tune
