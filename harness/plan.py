@@ -593,7 +593,7 @@ def balanced(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Any]:
     """What `Plan.describe` returned, as rich renderables for a terminal."""
-    from rich.markup import escape
+    from rich.text import Text
 
     counts = plan["counts"]
     settings = _folding_table("algorithm", "dataset", "relation", "settings", "trials", "done")
@@ -607,18 +607,18 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Any]:
             dataset += f" for {row['requested']}"
         block, _, source = row["hparams"].partition(" (")
         cells = (algorithm, dataset, row["relation"], block, str(row["trials"]), str(row["done"]))
-        settings.add_row(*map(escape, cells))
+        settings.add_row(*map(Text, cells))
         if source:
             notes[f"settings of {row['algorithm']}, {block}: {source.removesuffix(')')}"] = None
         if row["note"]:
             notes[f"{dataset}: {row['note']}"] = None
-    found: list[Any] = [settings, *(escape(note) for note in notes)]
+    found: list[Any] = [settings, *map(Text, notes)]
     if plan["stacks"]:
         stacks = _folding_table(
             "stage", "dataset", "seeds, stack by stack", "steps", "memory", "estimate"
         )
         for rows in _alike(plan["stacks"]):
-            stacks.add_row(*map(escape, _stack_cells(rows)))
+            stacks.add_row(*map(Text, _stack_cells(rows)))
         found.append(stacks)
     estimate = f", about {duration(plan['seconds'])}" if plan["stacks"] else ""
     if plan["stacks"] and plan["seconds"] is None:

@@ -86,6 +86,7 @@ def work(
     ended: Callable[[Stack, str], None],
     stop_file: Path,
     registry: Registry | None = None,
+    planned: Callable[[int], None] = lambda stacks: None,
 ) -> Done:
     """Runs what is left of an experiment, one stack after the other.
 
@@ -95,6 +96,7 @@ def work(
         ended: told how a stack ended.
         stop_file: when it appears, the stack in progress writes a checkpoint and nothing more is
             started.
+        planned: told how many stacks are left, before the first.
     """
     home = home.shared(experiment.run.storage)
     artifacts = storage.artifacts(home)
@@ -109,6 +111,7 @@ def work(
         checkpoints=storage.checkpoint_steps(home),
     )
     refuse(check(plan, None, home, probe))
+    planned(len(plan.stacks))
     ids = [trial.id for trial in experiment.trials]
     runs = store.statuses(ids) if store is not None else {}
     attempts = {trial_id: run.attempt for trial_id, run in runs.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from harness import cli
 from harness.home import Home
 from harness.spec import load_experiment
 from harness.work import Shard, work
@@ -57,6 +59,15 @@ def test_shares_are_a_partition_and_keep_stacks_together(spec, count):
 def test_impossible_shares_are_refused(text):
     with pytest.raises(ValueError, match="expected INDEX/COUNT"):
         Shard.parse(text)
+
+
+def test_the_command_counts_stacks(spec, tmp_path):
+    """Five seeds in stacks of at most two."""
+    arguments = ["work", str(spec), "algorithms=[bc]", "--home", str(tmp_path / "home")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == cli.OK, result.output
+    counts = [line.partition(" ")[0] for line in result.output.splitlines() if line[0] == "["]
+    assert counts == ["[1/3]", "[2/3]", "[3/3]"]
 
 
 def test_shares_leave_what_a_sweep_takes_in_without_training(spec, tmp_path):

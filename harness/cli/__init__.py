@@ -14,7 +14,7 @@ import typer
 
 from harness.cli import about, clusters, data, policies, reading, reproducing, running, studies
 from harness.cli.exit_codes import ENVIRONMENT, INTERRUPTED, OK, SOME_FAILED, USAGE, exit_code
-from harness.cli.printing import errors
+from harness.cli.printing import errors, styled
 
 __all__ = [
     "ENVIRONMENT",
@@ -82,5 +82,5 @@ def main(arguments: Iterable[str] | None = None) -> None:
         if os.environ.get("HARNESS_DEBUG"):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        errors.print(f"[red]error[/red] {text}", highlight=False, soft_wrap=True)
+        errors.print(styled("error", "red", f" {text}"), highlight=False, soft_wrap=True)
         sys.exit(exit_code(error))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from harness.cli.options import (
     DatabaseOption,
@@ -195,7 +194,7 @@ def claims(
         print_table(report.HEADER[1:], body)
     console.print(report.caption(built), style="dim", highlight=False)
     for note in built.notes:
-        console.print(f"! {escape(note)}", style="yellow", highlight=False)
+        console.print(f"! {note}", style="yellow", highlight=False)
     print_paths(paths)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.exit_codes import SOME_FAILED
@@ -79,11 +78,11 @@ def reproduce(
     for column in table.columns:
         column.overflow = "fold"
     for row in verdicts.rows(report):
-        table.add_row(*map(escape, row), end_section=True)
+        table.add_row(*row, end_section=True)
     console.print(table)
     console.print(verdicts.caption(report), style="dim", highlight=False)
     for note in report.notes:
-        console.print(f"! {escape(note)}", style="yellow", highlight=False)
+        console.print(f"! {note}", style="yellow", highlight=False)
 
 
 def _reproduce(

@@ -7,7 +7,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.exit_codes import ENVIRONMENT, INTERRUPTED, SOME_FAILED
@@ -21,7 +20,7 @@ from harness.cli.options import (
     choose_trials,
     open_store,
 )
-from harness.cli.printing import console, errors, print_checks
+from harness.cli.printing import console, errors, print_checks, styled
 
 if TYPE_CHECKING:
     from harness.preflight import Check
@@ -57,7 +56,9 @@ def sweep_experiment(
     as_json: bool,
 ) -> None:
     """Plans, checks and runs an experiment; leaves by `typer.Exit` unless all went well."""
+    from harness.artifacts import ArtifactStore
     from harness.display import Display
+    from harness.memory import Capacity
     from harness.plan import measured_rates
     from harness.preflight import Probe, check, described
     from harness.registry import Registry
@@ -70,7 +71,8 @@ def sweep_experiment(
         planned = plan_sweep(
             experiment, store, found, retry=retry, register=not dry_run, probe=probe
         )
-        plan = planned.describe(measured_rates(store))
+        slots = Capacity.of(experiment.run).slots
+        plan = planned.describe(measured_rates(store), slots)
         if dry_run:
             checks = check(planned, store, found, probe)
             _print_plan(described(plan, planned, probe), checks, as_json)
@@ -79,6 +81,8 @@ def sweep_experiment(
             return
         if not as_json:
             _print_plan_line(plan)
+
+        ArtifactStore(found.artifacts).clean()
 
         def run_queue(queue: Any, on_interrupt: Any) -> None:
             from harness import tune
@@ -106,10 +110,10 @@ def _print_plan_line(plan: dict[str, Any]) -> None:
     from harness.plan import duration
 
     counts = plan["counts"]
-    text = f"[bold]{plan['name']}[/bold]: {counts['trials']} trials, {counts['trials_done']} done"
+    text = f": {counts['trials']} trials, {counts['trials_done']} done"
     if counts["stacks"]:
         text += f", {counts['stacks']} stacks to run; training left: {duration(plan['seconds'])}"
-    console.print(text, highlight=False)
+    console.print(styled(plan["name"], "bold", text), highlight=False)
 
 
 def _print_plan(plan: dict[str, Any], checks: list[Check], as_json: bool) -> None:
@@ -131,14 +135,15 @@ def _print_summary(summary: Any, url: str) -> None:
     console.print(f"{counts} ({what} in {summary.seconds:.0f} s)", highlight=False)
     for trial_id, error in sorted(summary.errors.items()):
         if summary.statuses[trial_id] != "done":
-            status = f"[red]{summary.statuses[trial_id]}[/red]"
-            console.print(f"  {trial_id[:12]} {status}: {_last_line(error)}", highlight=False)
+            line = styled(summary.statuses[trial_id], "red", f": {_last_line(error)}")
+            console.print(f"  {trial_id[:12]}", line, highlight=False)
     console.print(f"database: {url}", highlight=False, soft_wrap=True)
     commit, dirty = git_state()
     if dirty:
         errors.print(
-            f"[yellow]note[/yellow] the harness's code differs from commit {commit[:12]}: "
-            "these runs are recorded as dirty"
+            styled("note", "yellow"),
+            f"the harness's code differs from commit {commit[:12]}: these runs are recorded as "
+            "dirty",
         )
     if summary.interrupted:
         console.print("interrupted; the same command continues from the last checkpoints")
@@ -147,7 +152,7 @@ def _print_summary(summary: Any, url: str) -> None:
 def _last_line(error: str | None) -> str:
     """The line of a traceback that says what happened."""
     lines = (error or "").strip().splitlines()
-    return escape(lines[-1]) if lines else "no reason was recorded"
+    return lines[-1] if lines else "no reason was recorded"
 
 
 def work(
@@ -172,7 +177,11 @@ def work(
     experiment = Shard.parse(shard).of(load_experiment(spec, overrides or []))
     found = Home.find(home).shared(experiment.run.storage)
     store = Store.open(found.database_url(db)) if found.has_database(db) else None
-    display = Display(console, len({trial.variant_id for trial in experiment.trials}))
+    display = Display(console, 0)
+
+    def planned(stacks: int) -> None:
+        display.total = stacks
+
     with (
         stop_on_signals(found.stop_file()) as stop_file,
         display,
@@ -186,6 +195,7 @@ def work(
             ),
             lambda stack, text: display.end(stack.id, f"{title(stack)}: {text}"),
             stop_file,
+            planned=planned,
         )
     console.print(
         f"shard {shard}: {len(experiment.trials)} trials, {done.stacks} stacks run. "
