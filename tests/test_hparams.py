@@ -61,29 +61,29 @@ MINARI = [
     "generated/ring2d-v0",
 ]
 
-# name: lr, q_coef, max_q_backup, reward, thousands of steps, clip_norm. Typed from the reference
-# independently of the YAML file.
+# name: lr, q_coef, max_q_backup, reward, thousands of steps, clip_norm, top_k. Typed from the
+# reference independently of the YAML file.
 TABLE = """
-halfcheetah-medium-v2 3e-4 1 no none 2000 9
-hopper-medium-v2 3e-4 1 no none 2000 9
-walker2d-medium-v2 3e-4 1 no none 2000 1
-halfcheetah-medium-replay-v2 3e-4 1 no none 2000 2
-hopper-medium-replay-v2 3e-4 1 no none 2000 4
-walker2d-medium-replay-v2 3e-4 1 no none 2000 4
-halfcheetah-medium-expert-v2 3e-4 1 no none 2000 7
-hopper-medium-expert-v2 3e-4 1 no none 2000 5
-walker2d-medium-expert-v2 3e-4 1 no none 2000 5
-antmaze-umaze-v0 3e-4 0.5 no cql_antmaze 1000 2
-antmaze-umaze-diverse-v0 3e-4 2 yes cql_antmaze 1000 3
-antmaze-medium-play-v0 1e-3 2 yes cql_antmaze 1000 2
-antmaze-medium-diverse-v0 3e-4 3 yes cql_antmaze 1000 1
-antmaze-large-play-v0 3e-4 4.5 yes cql_antmaze 1000 10
-antmaze-large-diverse-v0 3e-4 3.5 yes cql_antmaze 1000 7
-pen-human-v1 3e-5 0.15 no normalize 1000 7
-pen-cloned-v1 3e-5 0.1 no normalize 1000 8
-kitchen-complete-v0 3e-4 0.005 no none 250 9
-kitchen-partial-v0 3e-4 0.005 no none 1000 10
-kitchen-mixed-v0 3e-4 0.005 no none 1000 10
+halfcheetah-medium-v2 3e-4 1 no none 2000 9 1
+hopper-medium-v2 3e-4 1 no none 2000 9 2
+walker2d-medium-v2 3e-4 1 no none 2000 1 1
+halfcheetah-medium-replay-v2 3e-4 1 no none 2000 2 0
+hopper-medium-replay-v2 3e-4 1 no none 2000 4 2
+walker2d-medium-replay-v2 3e-4 1 no none 2000 4 1
+halfcheetah-medium-expert-v2 3e-4 1 no none 2000 7 0
+hopper-medium-expert-v2 3e-4 1 no none 2000 5 2
+walker2d-medium-expert-v2 3e-4 1 no none 2000 5 1
+antmaze-umaze-v0 3e-4 0.5 no cql_antmaze 1000 2 2
+antmaze-umaze-diverse-v0 3e-4 2 yes cql_antmaze 1000 3 2
+antmaze-medium-play-v0 1e-3 2 yes cql_antmaze 1000 2 1
+antmaze-medium-diverse-v0 3e-4 3 yes cql_antmaze 1000 1 1
+antmaze-large-play-v0 3e-4 4.5 yes cql_antmaze 1000 10 2
+antmaze-large-diverse-v0 3e-4 3.5 yes cql_antmaze 1000 7 1
+pen-human-v1 3e-5 0.15 no normalize 1000 7 2
+pen-cloned-v1 3e-5 0.1 no normalize 1000 8 2
+kitchen-complete-v0 3e-4 0.005 no none 250 9 2
+kitchen-partial-v0 3e-4 0.005 no none 1000 10 2
+kitchen-mixed-v0 3e-4 0.005 no none 1000 10 0
 """
 
 
@@ -137,7 +137,7 @@ def test_every_block_is_the_first_to_match_some_known_name(recipe):
 
 @pytest.mark.parametrize("row", TABLE.strip().splitlines(), ids=lambda r: r.split()[0])
 def test_diffusion_ql_uses_the_published_row(row):
-    name, lr, q_coef, max_q, reward, thousands, clip_norm = row.split()
+    name, lr, q_coef, max_q, reward, thousands, clip_norm, top_k = row.split()
     block = first_match(diffusion_ql.recipe, name)
     config = diffusion_ql.Config(**block["config"])
     assert config.lr == float(lr)
@@ -146,6 +146,7 @@ def test_diffusion_ql_uses_the_published_row(row):
     assert config.clip_norm == float(clip_norm)
     assert config.steps == 1000 * int(thousands)
     assert block["data"] == ({} if reward == "none" else {"reward": reward})
+    assert block["source"].endswith(f"offline selection: cloning-loss-{int(top_k) + 1}")
 
 
 @pytest.mark.parametrize(
