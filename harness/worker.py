@@ -174,10 +174,15 @@ def _last_runs(job: Job, stage: Stage) -> dict[str, RunRecord]:
 
 
 def _has_ended(job: Job, stage: Stage) -> bool:
-    """Whether nothing is left to do for a stage: its runs are done or diverged."""
+    """Whether nothing is left to do for a stage.
+
+    One that other stages need is published; the runs of a last one are done or diverged.
+    """
+    if not stage.trials:
+        return storage.artifacts(job.home).has(stage.id)
     last = _last_runs(job, stage)
     ended = [record for record in last.values() if record.status in FINISHED]
-    return bool(stage.trials) and len(ended) == len(stage.trials)
+    return len(ended) == len(stage.trials)
 
 
 def _is_trained(job: Job, stage: Stage) -> bool:
@@ -445,9 +450,10 @@ class _TrainingRun:
         """The current record of every trial's run, by trial id, for each stage."""
         commit, dirty = provenance.git_state()
         now = provenance.utc_now()
+        begun = self.declared.steps if self.trained else self.job.stack.resume_step
         segment = {
             "started_at": now,
-            "from_step": self.declared.steps if self.trained else self.job.stack.resume_step,
+            "from_step": begun,
             "device": str(self.device),
             "compiled": self.compiled,
             "compiled_act": self.compiled_act,
@@ -477,7 +483,7 @@ class _TrainingRun:
                     compiled=self.compiled,
                     stack=tuple(self.job.stack.seeds),
                     timings=before.timings if before else {},
-                    steps_done=self.job.stack.resume_step,
+                    steps_done=begun,
                     segments=(*(before.segments if before else ()), segment),
                 )
             spool.append(current.values())
@@ -651,18 +657,21 @@ class _TrainingRun:
                 self._evaluate(trainer, evaluation)
 
     def _was_evaluated(self, evaluation: _Evaluation, step: int) -> bool:
-        """Whether a run of the protocol has episodes at a step (they are written together)."""
-        asked = {
-            runs[trial.id].run_id
-            for stage, runs in zip(self.stages, self.runs, strict=True)
-            for trial in stage.trials
-            if trial.evaluation == evaluation.protocol
-        }
-        return any(
-            isinstance(record, EvalRecord) and record.step == step and record.run_id in asked
-            for stage in self.stages
-            for record in read(self.job.home.spool(stage.id))
-        )
+        """Whether every living run of the protocol has episodes at a step."""
+        for stage, runs, alive in zip(self.stages, self.runs, self.alive, strict=True):
+            asked = {
+                runs[trial.id].run_id
+                for trial in stage.trials
+                if alive and trial.evaluation == evaluation.protocol
+            }
+            found = {
+                record.run_id
+                for record in read(self.job.home.spool(stage.id))
+                if isinstance(record, EvalRecord) and record.step == step
+            }
+            if not asked <= found:
+                return False
+        return True
 
     def _refresh(self, trainer: Trainer) -> None:
         """New generated data; the time is kept apart from that of the steps."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_catalog import PLUGIN
 
 from harness import datasets, worker
 from harness.artifacts import ArtifactStore
@@ -175,6 +176,26 @@ def test_a_stack_stopped_within_an_evaluation_evaluates_first_when_it_continues(
     assert inline.rows(parts) == inline.rows(whole)
 
 
+def test_seeds_that_continue_together_are_evaluated_first_if_one_of_them_was_not(
+    spec, tmp_path, monkeypatch
+):
+    """Both have a checkpoint at step 20, seed 0 from after the evaluation, seed 1 from before."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert inline.sweep(spec, whole, ["seeds=0-1"]).ok
+    home, stop = Home.find(parts), tmp_path / "stop"
+    job = job_of(spec, home, ["seeds=0"], stop_file=stop)
+    after = lambda progress: stop.touch() if progress.step == 25 else None  # noqa: E731
+    assert run_stack(job, after) == "interrupted"
+    stop.unlink()
+    job = job_of(spec, home, ["seeds=1"], stop_file=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.worker.STOP_CHECK_S", -1.0)
+        before = lambda progress: stop.touch() if progress.phase == "evaluate" else None  # noqa: E731
+        assert run_stack(job, before) == "interrupted"
+    assert inline.sweep(spec, parts, ["seeds=0-1"]).trained == 1
+    assert inline.rows(parts) == inline.rows(whole)
+
+
 def test_the_same_sweep_again_runs_nothing_and_more_seeds_run_only_those(spec, tmp_path):
     first = inline.sweep(spec, tmp_path / "home")
     again = inline.sweep(spec, tmp_path / "home")
@@ -288,23 +309,66 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(spec, tmp_path):
         run_stack(job, lambda progress: None)
 
 
-def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path):
+def lose_the_last_row(home: Home, job: Job) -> None:
+    """As if the process had been killed between the artifact and the row that calls it done."""
+    for stage in job.stack.stages:
+        records = list(read(home.spool(stage.id)))
+        home.spool(stage.id).unlink()
+        with Spool(home.spool(stage.id)) as spool:
+            spool.append(records[:-1])
+
+
+def killed(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "and again while evaluating"])
+def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path, monkeypatch, again):
     """The artifact is there, the run is not done: nothing is trained again."""
     whole, home_path = tmp_path / "whole", tmp_path / "home"
     inline.sweep(spec, whole)
     home = Home.find(home_path)
     job = job_of(spec, home)
     run_stack(job, lambda progress: None)
-    for stage in job.stack.stages:  # as if killed just before the last row
-        records = list(read(home.spool(stage.id)))
-        home.spool(stage.id).unlink()
-        with Spool(home.spool(stage.id)) as spool:
-            spool.append(records[:-1])
+    lose_the_last_row(home, job)
+    if again:
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluator, "run", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_stack(job, lambda progress: None)
     phases = []
     assert run_stack(job, lambda progress: phases.append(progress.phase)) == "done"
     assert "train" not in phases
     assert inline.sweep(spec, home_path).trained == 0
     assert inline.rows(home_path) == inline.rows(whole)
+
+
+def test_a_stage_that_was_published_before_a_kill_is_not_trained_again(spec, tmp_path, monkeypatch):
+    """Of a stage that others need, which has no rows: its artifact alone tells."""
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    job = job_of(spec, Home.find(tmp_path / "home"), ["algorithms=[two_stage]"])
+    assert job.stack.seeds == (0, 1, 2)
+    publish, published = worker._publish, []
+
+    def killed_after_two(job, stage, *arguments):
+        if len(published) == 2:
+            raise KeyboardInterrupt
+        published.append(stage.seed)
+        publish(job, stage, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_publish", killed_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            run_stack(job, lambda progress: None)
+    advance, trained = Trainer.advance, set()
+
+    def noted(trainer, *arguments):
+        trained.add(tuple(trainer.seeds.tolist()))
+        return advance(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "advance", noted)
+    assert run_stack(job, lambda progress: None) == "done"
+    assert (published, trained) == ([0, 1], {(2,)})
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -324,11 +388,7 @@ def test_a_compiled_run_compiles_acting_if_asked_also_when_it_is_finished_later(
     home = Home.find(tmp_path / "home")
     job = job_of(spec, home, ["steps=20", "run.compile=on", f"run.compile_act={asked}"])
     run_stack(job, lambda progress: None)
-    for stage in job.stack.stages:  # as if killed just before the last row
-        records = list(read(home.spool(stage.id)))
-        home.spool(stage.id).unlink()
-        with Spool(home.spool(stage.id)) as spool:
-            spool.append(records[:-1])
+    lose_the_last_row(home, job)
     run_stack(job, lambda progress: None)
     assert modes == [asked] * 2
     for stage in job.stack.stages:
