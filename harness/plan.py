@@ -226,6 +226,21 @@ class Plan:
             for trial in planned[stage_id].trials
         }
 
+    @functools.cached_property
+    def needed_by(self) -> dict[str, tuple[Stage, ...]]:
+        """Stage id -> the planned last stages of trials that cannot be finished without it."""
+        found: dict[str, dict[str, Stage]] = {}
+        planned = [stage for stack in self.stacks for stage in stack.stages]
+        for stage in reversed(planned):  # dependency order: what needs it was seen before
+            ends = found.get(stage.id, {}) | ({stage.id: stage} if stage.trials else {})
+            for need in stage.needs.values():
+                found.setdefault(need, {}).update(ends)
+        return {stage_id: tuple(ends.values()) for stage_id, ends in found.items()}
+
+    def waiting_for(self, stack: Stack) -> dict[str, tuple[Stage, ...]]:
+        """What `needed_by` says of the stages of one stack."""
+        return {stage.id: self.needed_by.get(stage.id, ()) for stage in stack.stages}
+
     def seconds(self, rates: Mapping[str, float], concurrent: int = 1) -> float | None:
         """Estimated seconds of training left; None if an algorithm's rate is unknown.
 

@@ -118,7 +118,8 @@ def work(
     while ready := plan.ready(finished, failed=failed):
         busy = 0
         for stack in ready:
-            job = Job(stack, experiment.run, home, attempts, stop_file)
+            waiting = plan.waiting_for(stack)
+            job = Job(stack, experiment.run, home, attempts, stop_file, waiting)
             try:
                 outcome = run_stack(job, functools.partial(report, stack))
             except StackBusyError:
@@ -135,7 +136,7 @@ def work(
                 if artifacts.has(stage.id):
                     finished.add(stage.id)
                 else:
-                    failed[stage.id] = "diverged"
+                    failed[stage.id] = "diverged, or its environment failed: see its run"
             ended(stack, outcome)
         if busy == len(ready):  # others are at it: wait for what they make
             time.sleep(BUSY_WAIT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -21,6 +22,7 @@ from harness.plan import checkpoint_steps, make_plan
 from harness.spec import load_experiment
 from harness.spool import Spool, read
 from harness.trainer import Trainer
+from harness.work import work
 from harness.worker import Job, StackBusyError, run_stack
 from results.records import EvalRecord, MetricRecord, RunRecord
 from tests import inline
@@ -247,6 +249,64 @@ def test_a_diverged_seed_is_a_result_and_the_others_go_on_unchanged(spec, tmp_pa
     retried = inline.sweep(spec, tmp_path / "bad", retry=("failed", "diverged"))
     assert retried.ok
     with inline.Store.open(Home.find(tmp_path / "bad").database_url()) as store:
+        assert sorted(store.runs()["attempt"]) == [1, 1, 1, 2]
+
+
+def test_a_seed_whose_environment_fails_does_not_take_the_others_along(spec, tmp_path, monkeypatch):
+    inline.sweep(spec, tmp_path / "whole")
+    step = Evaluator._step
+
+    def unwell(evaluator, slot, action):
+        (k,) = (k for k, row in enumerate(evaluator.slots) if any(slot is own for own in row))
+        if evaluator._seeds[k] == 1:
+            raise ValueError("the simulator is in a bad state")
+        return step(evaluator, slot, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "_step", unwell)
+        first = inline.sweep(spec, tmp_path / "home")
+        alone = inline.sweep(spec, tmp_path / "home")
+    for summary in (first, alone):
+        assert sorted(summary.statuses.values()) == ["done", "done", "failed"]
+        (error,) = (summary.errors[i] for i, s in summary.statuses.items() if s == "failed")
+        last = error.strip().splitlines()[-1]
+        assert re.search(
+            r"EvaluationError: seed 1: .* failed twice in episode 0 .* bad state", last
+        )
+    assert inline.sweep(spec, tmp_path / "home").ok
+    assert inline.rows(tmp_path / "home") == inline.rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("first", ["sweep", "work"])
+def test_a_trial_whose_earlier_stage_diverges_has_diverged(spec, tmp_path, monkeypatch, first):
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    overrides, home = ["algorithms=[two_stage]"], Home.find(tmp_path / "home")
+    assert inline.sweep(spec, tmp_path / "whole", overrides).ok
+    advance = Trainer.advance
+
+    def poisoned(trainer, *arguments):
+        if type(trainer.learner).__name__ == "Linear" and trainer.steps_done == 10:
+            trainer.learner.weight[trainer.seeds == 1] = torch.nan
+        return advance(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", poisoned)
+        if first == "sweep":
+            assert inline.sweep(spec, home.root, overrides).trained == 3
+        else:
+            told = lambda *arguments: None  # noqa: E731
+            work(load_experiment(spec, overrides), home, None, told, told, tmp_path / "stop")
+    summary = inline.sweep(spec, home.root, overrides)
+    assert summary.trained == 0
+    assert sorted(summary.statuses.values()) == ["diverged", "done", "done"]
+    (error,) = summary.errors.values()
+    assert error.startswith("stage 'teacher' of seed 1, which it needs: loss is not finite at step")
+    assert error.endswith("last good checkpoint: step 10")
+    retried = inline.sweep(spec, home.root, overrides, retry=("failed", "diverged"))
+    assert retried.ok
+    values = [{row[1:] for row in inline.rows(r)["evals"]} for r in (home.root, tmp_path / "whole")]
+    assert values[0] == values[1]
+    with inline.Store.open(home.database_url()) as store:
         assert sorted(store.runs()["attempt"]) == [1, 1, 1, 2]
 
 
