@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,25 @@ def test_a_sweep_that_needs_nothing_does_not_start_ray(spec):
     done = run("sweep", spec, "--json")
     assert done.returncode == cli.OK, done.stderr
     assert json.loads(done.stdout)["counts"] == {"done": 3}
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["sweep", "work"])
+def test_a_signal_while_a_command_starts_is_an_interruption(spec, monkeypatch, command, number):
+    """A batch job that is told to end so early has to ask to be requeued, too."""
+
+    def unhandled(*arguments):
+        raise RuntimeError("the signal would have ended the process")
+
+    notice = lambda *arguments: os.kill(os.getpid(), number)  # noqa: E731
+    monkeypatch.setattr("harness.spec.load_experiment", notice)
+    before = signal.signal(number, unhandled)
+    try:
+        code, _, err = invoke(command, spec)
+        assert signal.getsignal(number) is unhandled
+    finally:
+        signal.signal(number, before)
+    assert (code, "the same command continues" in err) == (cli.INTERRUPTED, True)
 
 
 def test_algorithms_are_listed_with_their_config():
