@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from algorithms.api import DatasetSpec, Make, Recipe, StageInput, Train
 from algorithms.blocks.layers import set_precision
@@ -209,16 +208,8 @@ def _is_trained(job: Job, stage: Stage) -> bool:
     )
 
 
-def _locked(folder: Path) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(folder / "lock"))
-    try:
-        return lock.acquire(timeout=LOCK_WAIT_S)
-    except Timeout as error:
-        raise StackBusyError(
-            f"another process is working in {folder}. If no sweep is running there, the process "
-            "that holds the lock is still ending; the same command later continues"
-        ) from error
+def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return storage.locked(folder, LOCK_WAIT_S)
 
 
 def declared_stage(recipe: Recipe, stage: Stage) -> Train | Make:

@@ -21,6 +21,7 @@ from harness.home import Home
 from harness.plan import checkpoint_steps, make_plan
 from harness.spec import load_experiment
 from harness.spool import Spool, read
+from harness.sweep import clean_up
 from harness.trainer import Trainer
 from harness.work import work
 from harness.worker import Job, StackBusyError, run_stack
@@ -334,6 +335,21 @@ def test_a_stack_in_use_is_refused(spec, tmp_path, monkeypatch):
         pytest.raises(StackBusyError, match="another process is working in"),
     ):
         run_stack(job, lambda progress: None)
+
+
+def test_what_a_process_is_at_is_not_cleaned_up(spec, tmp_path):
+    home = Home.find(tmp_path / "home")
+    job = job_of(spec, home)
+    ids, seen = [stage.id for stage in job.stack.stages], set()
+
+    def clean_up_beside(progress):
+        clean_up(home, ids)
+        seen.update(path.name for i in ids for path in home.stage(i).iterdir())
+
+    assert run_stack(job, clean_up_beside) == "done"
+    assert {"spool.jsonl", "checkpoints"} <= seen
+    clean_up(home, ids)
+    assert [path.name for i in ids for path in home.stage(i).iterdir()] == ["lock"] * 3
 
 
 def test_changed_data_are_noticed_before_training(spec, tmp_path, monkeypatch):
