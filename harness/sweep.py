@@ -19,7 +19,7 @@ from harness.display import Display
 from harness.failures import EngineError, classify, kernel_oom_kills, telling_line, with_end
 from harness.home import Home
 from harness.ingest import Ingester
-from harness.plan import Plan, Stack, Stage, balanced, make_plan, seed_ranges
+from harness.plan import Plan, Stack, Stage, balanced, is_done, make_plan, seed_ranges
 from harness.preflight import Probe, check, refuse
 from harness.provenance import utc_now
 from harness.registry import Registry
@@ -98,7 +98,7 @@ class Queue:
         for stack in self._ready():
             if self.busy_until.get(stack.id, 0.0) > now:
                 continue
-            if stack.id in self.busy_until and self._done_elsewhere(stack):
+            if self._done_elsewhere(stack):
                 self.finished_stages.update(stage.id for stage in stack.stages)
                 self.display.end(stack.id, f"{title(stack)}: done by the other sweep")
                 continue
@@ -114,10 +114,16 @@ class Queue:
         return None
 
     def _done_elsewhere(self, stack: Stack) -> bool:
-        """Whether the database has what another sweep was at; its work folder may be gone."""
-        ids = [trial.id for stage in stack.stages for trial in stage.trials]
-        runs = self.ingester.store.statuses(ids) if ids else {}
-        return bool(ids) and all(i in runs and runs[i].status == "done" for i in ids)
+        """Whether another sweep has finished a stack since it was planned.
+
+        Its rows are in the database or in the spool: a driver takes them in before it cleans up.
+        """
+        artifacts = storage.artifacts(self.home)
+        if stack.id not in self.busy_until and not self.plan.made_since(stack, artifacts):
+            return False
+        for stage in stack.stages:
+            self.ingester.stage(stage.id)
+        return is_done(stack, self.ingester.store)
 
     def exhausted(self) -> bool:
         """No stack is running and none can become ready."""
@@ -166,7 +172,8 @@ class Queue:
         elif bad and done:
             text += ", but " + " and ".join(f"seeds {seeds} {how}" for how, seeds in bad.items())
         self.display.end(stack.id, text)
-        clean_up(self.home, (stage.id for stage in done))
+        # What belongs to other experiments waits for their sweeps.
+        clean_up(self.home, (stage.id for stage in done if self.ingester.has_all(stage.id)))
 
     def _end_of(self, stage: Stage) -> tuple[str, str]:
         """How a stage of a stack that went on ended without an artifact, and why.
