@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness import storage
 from harness.home import Home
-from harness.plan import Stack, balanced, make_plan, unmeasured_stack
+from harness.plan import Stack, balanced, is_done, make_plan, unmeasured_stack
 from harness.preflight import Probe, check, refuse
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
@@ -121,7 +121,12 @@ def work(
     while ready := plan.ready(finished, failed=failed):
         busy = 0
         for stack in ready:
-            job = Job(stack, experiment.run, home, attempts, stop_file)
+            if store is not None and plan.made_since(stack, artifacts) and is_done(stack, store):
+                finished.update(stage.id for stage in stack.stages)
+                ended(stack, "done by another process")
+                continue
+            waiting = plan.waiting_for(stack)
+            job = Job(stack, experiment.run, home, attempts, stop_file, waiting)
             try:
                 outcome = run_stack(job, functools.partial(report, stack))
             except StackBusyError:
@@ -138,7 +143,7 @@ def work(
                 if artifacts.has(stage.id):
                     finished.add(stage.id)
                 else:
-                    failed[stage.id] = "diverged"
+                    failed[stage.id] = "diverged, or its environment failed: see its run"
             ended(stack, outcome)
         if busy == len(ready):  # others are at it: wait for what they make
             time.sleep(BUSY_WAIT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,25 @@ def test_the_estimate_counts_stacks_that_run_at_once(spec):
         return json.loads(out)["seconds"]
 
     assert seconds(2) == pytest.approx(seconds(1) / 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["sweep", "work"])
+def test_a_signal_while_a_command_starts_is_an_interruption(spec, monkeypatch, command, number):
+    """A batch job that is told to end so early has to ask to be requeued, too."""
+
+    def unhandled(*arguments):
+        raise RuntimeError("the signal would have ended the process")
+
+    notice = lambda *arguments: os.kill(os.getpid(), number)  # noqa: E731
+    monkeypatch.setattr("harness.spec.load_experiment", notice)
+    before = signal.signal(number, unhandled)
+    try:
+        code, _, err = invoke(command, spec)
+        assert signal.getsignal(number) is unhandled
+    finally:
+        signal.signal(number, before)
+    assert (code, "the same command continues" in err) == (cli.INTERRUPTED, True)
 
 
 def test_algorithms_are_listed_with_their_config():

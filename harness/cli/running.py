@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,12 +23,25 @@ from harness.cli.options import (
     open_store,
 )
 from harness.cli.printing import console, errors, print_checks, styled
+from harness.stopping import signals_interrupt
 
 if TYPE_CHECKING:
     from harness.preflight import Check
     from harness.spec import Experiment
 
 
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A signal is an interruption from the first line of a command to its last."""
+    try:
+        with signals_interrupt():
+            yield
+    except KeyboardInterrupt:
+        errors.print("interrupted; the same command continues from the last checkpoints")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@_stoppable()
 def sweep(
     spec: SpecArgument,
     overrides: OverridesArgument = None,
@@ -155,6 +170,7 @@ def _last_line(error: str | None) -> str:
     return lines[-1] if lines else "no reason was recorded"
 
 
+@_stoppable()
 def work(
     spec: SpecArgument,
     overrides: OverridesArgument = None,
