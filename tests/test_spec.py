@@ -453,6 +453,23 @@ def test_the_plan_says_which_preset_applied(load: Any) -> None:
     assert re.search(r"\+ preset dec2023 \(.*; official code of December 2023", origin.hparams)
 
 
+def test_the_plan_says_what_was_changed_of_the_table_and_by_whom(load: Any) -> None:
+    found = load(LAYERS, "config.teacher_lr=8", "algorithms.other.config.student_lr=0.1")
+    changed = {(o.label, o.dataset_id.split("/")[1][:4]): o.changed for o in found.origins}
+    assert changed["plain", "loop"] == {
+        "experiment": {"data.discount": 0.5, "steps": 60, "student_lr": 4.0},
+        "command line": {"teacher_lr": 8.0},
+    }
+    assert changed["other", "line"] == {  # student_lr is what it is by default
+        "experiment": {"data.reward": "normalize", "steps": 50},
+        "command line": {"teacher_lr": 8.0},
+    }
+    later, by_hand = load(PRESETS, "algorithms.by_hand.config.tau=0.2").origins
+    assert later.changed == {"experiment": {"tau": 0.1}}
+    assert by_hand.changed["experiment"]["num_candidates"] == 64
+    assert "steps" not in load(PRESETS, "algorithms=later", "steps=3000000").origins[0].changed
+
+
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
