@@ -628,8 +628,8 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Any]:
     estimate = f", about {duration(plan['seconds'])}" if plan["stacks"] else ""
     if plan["stacks"] and plan["seconds"] is None:
         estimate = ", duration unknown (no finished run to measure)"
-    left = f"{counts['trials_todo']} to do in {counts['stacks']} stacks{estimate}"
-    found.append(f"{counts['trials']} trials: {counts['trials_done']} done, {left}")
+    left = f"{counts['trials_todo']} to do in {numbered(counts['stacks'], 'stack')}{estimate}"
+    found.append(f"{numbered(counts['trials'], 'trial')}: {counts['trials_done']} done, {left}")
     return found
 
 
@@ -717,6 +717,11 @@ def _stack_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     needs = [item["bytes"] for item in rows if item.get("bytes")]
     memory = f"{max(needs) / 2**30:.1f} GiB" if needs else "unknown"
     return stage, row["dataset_id"], seeds, steps, memory, estimate
+
+
+def numbered(count: int, noun: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float | None) -> str:

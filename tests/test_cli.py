@@ -112,6 +112,22 @@ def test_a_sweep_that_needs_nothing_does_not_start_ray(spec):
     assert json.loads(done.stdout)["counts"] == {"done": 3}
 
 
+def test_a_share_without_trials_says_so(spec):
+    code, out, error = invoke("work", spec, "--shard=3/4")
+    assert code == cli.OK, error
+    assert "shard 3/4 has nothing to do: there are more shards than trials" in out
+
+
+def test_a_share_that_was_interrupted_says_how_to_go_on(spec, monkeypatch):
+    from harness import work
+
+    monkeypatch.setattr(work, "work", lambda *_: work.Done(1, {}, interrupted=True))
+    code, out, _ = invoke("work", spec)
+    assert code == cli.INTERRUPTED
+    assert "3 trials, 1 stack run; interrupted; the same command continues" in " ".join(out.split())
+    assert "puts the rows" not in out
+
+
 def test_algorithms_are_listed_with_their_config():
     code, out, _ = invoke("algorithms", "--json")
     assert code == cli.OK
