@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from harness import cli
-from harness.cli import reproducing
+from harness.cli import about, reproducing
 from tests import inline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -137,6 +137,20 @@ def test_algorithms_are_listed_with_their_config():
     code, _, error = invoke("algorithms", "difusion_ql")
     assert code == cli.USAGE
     assert "diffusion_ql" in error
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"),
+    [
+        (int, "int"),
+        ("float | None", "float | None"),
+        (tuple[int, ...], "tuple[int, ...]"),
+        (float | None, "float | None"),
+    ],
+)
+def test_a_fields_type_reads_as_it_was_written(annotation, text):
+    """Third parties may evaluate their annotations."""
+    assert about.type_name(annotation) == text
 
 
 def test_the_quickstart_finds_its_experiment_and_ends_as_its_sweep(bandit, monkeypatch):
