@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import stats, tables
-from analysis.leaderboard import Leaderboard, build
+from analysis.leaderboard import NOTHING, Leaderboard, build
 from analysis.load import Task
 from analysis.tracks import Track, split
 
@@ -83,7 +83,7 @@ def make(
     trials, runs = store.trials(ids), store.runs(ids)
     trials = trials[trials.trial_id.isin(runs.trial_id)]
     if trials.empty:
-        raise ValueError("no run to show; run a sweep first, or check `harness status`")
+        raise ValueError(NOTHING)
     found = []
     for track, part in split(trials):
         board = build(store, list(part.trial_id), select, seed)

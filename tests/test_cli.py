@@ -105,6 +105,13 @@ def test_status_and_leaderboard_read_what_a_sweep_left(spec, tmp_path):
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} >= {".pdf", ".png"}
 
 
+@pytest.mark.parametrize("command", ["leaderboard", "table"])
+def test_with_nothing_to_show_a_table_is_an_error_and_not_empty(command, spec):
+    code, out, error = invoke(command, spec)
+    assert (code, out) == (cli.USAGE, "")
+    assert "no run to show; run a sweep first" in error
+
+
 def test_a_sweep_that_needs_nothing_does_not_start_ray(spec):
     inline.sweep(spec, Path(os.environ["HARNESS_HOME"]))
     done = run("sweep", spec, "--json")
