@@ -105,6 +105,18 @@ def test_status_and_leaderboard_read_what_a_sweep_left(spec, tmp_path):
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} >= {".pdf", ".png"}
 
 
+def test_a_file_that_is_no_archive_is_a_usage_error(spec, tmp_path):
+    bad = tmp_path / "bad.parquet"
+    bad.write_text("text")
+    for arguments in (
+        ["merge", tmp_path / "absent.parquet"],
+        ["merge", bad],
+        ["leaderboard", "--db", tmp_path / "absent.parquet"],
+        ["archive", spec, "--out", tmp_path / "rows.parquet"],
+    ):
+        assert invoke(*arguments)[0] == cli.USAGE, arguments
+
+
 @pytest.mark.parametrize("command", ["leaderboard", "table"])
 def test_with_nothing_to_show_a_table_is_an_error_and_not_empty(command, spec):
     code, out, error = invoke(command, spec)
