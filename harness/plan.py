@@ -250,7 +250,8 @@ class Plan:
 
         Keys: `name`, `counts`, `settings` (one entry per label and dataset: where its
         hyperparameters come from and what was changed of them, how the dataset relates to the name
-        asked for, how many trials are done), `stacks` (in the order they become ready), `seconds` (estimate, None if unknown).
+        asked for, how many trials are done), `stacks` (in the order they become ready), `seconds`
+        (estimate, None if unknown).
         """
         rates = rates or {}
         finished = {trial.id for trial in self.done}

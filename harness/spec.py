@@ -412,6 +412,8 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path} is a folder; expected a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read as text: {error}") from error
     return _parse_yaml(text, path.name)
@@ -547,7 +549,12 @@ class _Document:
 
     def __init__(self, path: Path, overrides: Sequence[str]) -> None:
         self.file = f"{path.name}: "
-        content = expect_mapping(read_yaml(path), path.name)
+        read = read_yaml(path)
+        if read in (None, {}):
+            raise SpecError(
+                f"{path.name} is empty; an experiment needs name, algorithms, datasets and seeds"
+            )
+        content = expect_mapping(read, path.name)
         refuse_unknown(content, _TOP_KEYS, self.file)
         if "algorithms" in content:
             content["algorithms"] = _algorithm_blocks(
@@ -602,7 +609,8 @@ class _Document:
 
     def required(self, key: str) -> Any:
         if self.content.get(key) in (None, [], {}, ""):
-            raise SpecError(f"{self.file}{key} is missing; an experiment needs it")
+            what = "is empty" if key in self.content else "is missing"
+            raise SpecError(f"{self.place(key)} {what}; an experiment needs it")
         return self.content[key]
 
     # ------------------------------------------------------------------ layers, in their order

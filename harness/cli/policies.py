@@ -84,8 +84,7 @@ def synthetic(
     from harness.spec import load_experiment
 
     experiment = load_experiment(spec, overrides or [])
-    strengths: list[float | None] = [float(part) for part in coefs.split(",") if part]
-    strengths = strengths or [None]
+    strengths = strengths_of(coefs)
     if write and len(strengths) > 1:
         raise ValueError(f"--write stores one strength of guidance; got {coefs}")
     found, store = open_store(home, db)
@@ -103,6 +102,16 @@ def synthetic(
     if write:
         console.print(f"{write}: harness data card {write}", highlight=False)
     print_left_out(left_out)
+
+
+def strengths_of(coefs: str) -> list[float | None]:
+    """`0,0.3,1` as numbers; nothing is the strength of training, None."""
+    try:
+        return [float(part) for part in coefs.split(",") if part.strip()] or [None]
+    except ValueError:
+        raise ValueError(
+            f"--coefs is {coefs!r}; expected numbers with commas, such as 0,0.3,1"
+        ) from None
 
 
 def latency(
