@@ -65,6 +65,20 @@ def test_a_mistake_is_one_line_with_the_nearest_name_and_exit_code_2(spec):
     assert done.stdout == ""
 
 
+def test_a_bug_is_said_to_be_one(monkeypatch, capsys):
+    for error, is_bug in ((NameError("name 'x' is not defined"), True), (ValueError("no"), False)):
+
+        def broken(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(cli, "app", broken)
+        with pytest.raises(SystemExit):
+            cli.main([])
+        said = capsys.readouterr().err
+        assert f"error {error}" in said
+        assert ("this is a bug; HARNESS_DEBUG=1 shows where" in said) == is_bug
+
+
 def test_unknown_options_and_missing_specs_are_usage_errors(spec, tmp_path):
     assert run("sweep", spec, "--dry").returncode == cli.USAGE
     done = run("sweep", tmp_path / "absent.yaml")
