@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import stats, tables
-from analysis.leaderboard import Leaderboard, build
+from analysis.leaderboard import NOTHING, Leaderboard, build
 from analysis.load import Task, trials_to_show
 from analysis.tracks import Track, split
 
@@ -82,7 +82,7 @@ def make(
     ids = None if trial_ids is None else list(trial_ids)
     trials, runs = trials_to_show(store, ids), store.runs(ids)
     if runs.empty:
-        raise ValueError("no run to show; run a sweep first, or check `harness status`")
+        raise ValueError(NOTHING)
     found = []
     for track, part in split(trials):
         board = build(store, list(part.trial_id), select, seed)

@@ -1,4 +1,4 @@
-"""Files that `harness actions` wrote, read and checked."""
+"""Files of rows that `harness` commands wrote for a study, read and checked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def read(path: Path, needed: Iterable[str] = ()) -> pd.DataFrame:
-    """The table of a file of actions.
+def read(path: Path, needed: Iterable[str] = (), command: str = "harness actions") -> pd.DataFrame:
+    """The table of a file of actions, or of what else `command` wrote.
 
     Args:
         needed: columns that must be there.
@@ -22,12 +22,16 @@ def read(path: Path, needed: Iterable[str] = ()) -> pd.DataFrame:
     import pandas as pd
 
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; `harness actions` writes it")
+        raise FileNotFoundError(f"{path} does not exist; `{command}` writes it")
     try:
         frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a parquet file: {error}") from error
+        raise ValueError(
+            f"{path} is not a parquet file; `{command}` writes one ({error})"
+        ) from error
     missing = [name for name in needed if name not in frame]
     if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}; `harness actions` writes it")
+        raise ValueError(
+            f"{path} lacks the columns {', '.join(missing)}; expected a file that `{command}` wrote"
+        )
     return frame

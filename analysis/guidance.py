@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from analysis import drawn
 from analysis.claims import Judgement, judge
 from analysis.plots import figure_style, palette, save_figure, write_caption
 from analysis.stats import MIN_SEEDS, Estimate, mean_interval
@@ -113,14 +114,8 @@ def read(*files: Path) -> Report:
 
 
 def _table(file: Path) -> pd.DataFrame:
-    table = pd.read_parquet(file)
     needed = {"dataset_id", "label", "seed", "coef", "index", *PANELS} - {"late_error"}
-    if missing := sorted(needed - set(table.columns)):
-        raise ValueError(
-            f"{file} lacks the columns {', '.join(missing)}; expected a file that "
-            "`harness synthetic` wrote"
-        )
-    return table
+    return drawn.read(file, sorted(needed), "harness synthetic")
 
 
 def figure(report: Report) -> Figure:

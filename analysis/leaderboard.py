@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMATS = ("rich", "markdown", "csv", "latex", "json")
 REPS = 10_000
 RANK_REPS = 2_000  # all methods are ranked anew in each
+NOTHING = "no run to show; run a sweep first, or check `harness status`"
 OnMissing = Literal["show", "drop-task", "refuse"]
 
 

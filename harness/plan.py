@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.spec import Experiment, RunOptions, TrialSpec
-from harness.typed import config_from_dict, config_to_dict, content_hash
+from harness.typed import canonical_json, config_from_dict, config_to_dict, content_hash
 
 if TYPE_CHECKING:
     from harness.artifacts import ArtifactStore
@@ -269,8 +269,9 @@ class Plan:
         """The plan as JSON values, for `--dry-run`.
 
         Keys: `name`, `counts`, `settings` (one entry per label and dataset: where its
-        hyperparameters come from, how the dataset relates to the name asked for, how many trials
-        are done), `stacks` (in the order they become ready), `seconds` (estimate, None if unknown).
+        hyperparameters come from and what was changed of them, how the dataset relates to the name
+        asked for, how many trials are done), `stacks` (in the order they become ready), `seconds`
+        (estimate, None if unknown).
         """
         rates = rates or {}
         finished = {trial.id for trial in self.done}
@@ -290,6 +291,7 @@ class Plan:
                     "relation": origin.relation,
                     "note": origin.note,
                     "hparams": origin.hparams,
+                    "changed": {who: dict(given) for who, given in origin.changed.items()},
                     "trials": len(trials),
                     "done": sum(trial.id in finished for trial in trials),
                 }
@@ -601,7 +603,11 @@ def resume_groups(steps: Mapping[str, Sequence[int]]) -> list[tuple[int, list[st
 
 def balanced(items: Sequence[Any], most: int) -> list[Sequence[Any]]:
     """`items` in order, in the fewest parts of at most `most`, sizes differing by at most one."""
-    parts = -(-len(items) // most)
+    return parted(items, -(-len(items) // most))
+
+
+def parted(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
+    """`items` in order, in so many parts, sizes differing by at most one."""
     size, larger = divmod(len(items), parts) if parts else (0, 0)
     found, start = [], 0
     for index in range(parts):
@@ -629,10 +635,10 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Any]:
         cells = (algorithm, dataset, row["relation"], block, str(row["trials"]), str(row["done"]))
         settings.add_row(*map(Text, cells))
         if source:
-            notes[f"settings of {row['algorithm']}, {block}: {source.removesuffix(')')}"] = None
+            notes[f"table of {row['algorithm']}, {block}: {source.removesuffix(')')}"] = None
         if row["note"]:
             notes[f"{dataset}: {row['note']}"] = None
-    found: list[Any] = [settings, *map(Text, notes)]
+    found: list[Any] = [settings, *map(Text, [*notes, *_changes(plan["settings"])])]
     if plan["stacks"]:
         stacks = _folding_table(
             "stage", "dataset", "seeds, stack by stack", "steps", "memory", "estimate"
@@ -643,9 +649,34 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Any]:
     estimate = f", about {duration(plan['seconds'])}" if plan["stacks"] else ""
     if plan["stacks"] and plan["seconds"] is None:
         estimate = ", duration unknown (no finished run to measure)"
-    left = f"{counts['trials_todo']} to do in {counts['stacks']} stacks{estimate}"
-    found.append(f"{counts['trials']} trials: {counts['trials_done']} done, {left}")
+    left = f"{counts['trials_todo']} to do in {numbered(counts['stacks'], 'stack')}{estimate}"
+    found.append(f"{numbered(counts['trials'], 'trial')}: {counts['trials_done']} done, {left}")
     return found
+
+
+def _changes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """For each label what was changed of its table, and on which datasets unless on all."""
+    found: dict[tuple[str, str], list[str]] = {}
+    datasets: dict[str, int] = Counter(row["label"] for row in rows)
+    for row in rows:
+        parts = [
+            f"by the {who}: {', '.join(f'{name}={_value(item)}' for name, item in given.items())}"
+            for who, given in row["changed"].items()
+        ]
+        if parts:
+            found.setdefault((row["label"], "; ".join(parts)), []).append(row["dataset_id"])
+    for (label, text), ids in found.items():
+        where = "" if len(ids) == datasets[label] else f" on {_some(ids)}"
+        yield f"settings of {label}{where} changed {text}"
+
+
+def _value(item: Any) -> str:
+    return item if isinstance(item, str) else canonical_json(item)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(names[:MOST_SHOWN]) + more
 
 
 def _alike(stacks: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -707,6 +738,11 @@ def _stack_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     needs = [item["bytes"] for item in rows if item.get("bytes")]
     memory = f"{max(needs) / 2**30:.1f} GiB" if needs else "unknown"
     return stage, row["dataset_id"], seeds, steps, memory, estimate
+
+
+def numbered(count: int, noun: str) -> str:
+    """`1 trial`, `2 trials`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def duration(seconds: float | None) -> str:

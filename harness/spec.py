@@ -30,6 +30,7 @@ from harness.typed import (
     convert,
     expect_mapping,
     field_types,
+    plain,
     refuse_unknown,
     suggest,
 )
@@ -266,15 +267,23 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the settings of one algorithm on one dataset come from, for people to read."""
+    """Where the settings of one algorithm on one dataset come from, for people to read.
+
+    Attributes:
+        requested: the name the experiment uses; `relation` is that of the dataset to it.
+        hparams: which block of the hyperparameter file applied.
+        changed: what lies over that block and differs from it: "experiment" or "command line" ->
+            setting -> value.
+    """
 
     label: str
     algorithm: str
     dataset_id: str
-    requested: str  # the name the experiment uses
-    relation: str  # of the dataset to that name
-    hparams: str  # which block of the hyperparameter file applied
+    requested: str
+    relation: str
+    hparams: str
     note: str = ""
+    changed: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -407,6 +416,8 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path} is a folder; expected a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read as text: {error}") from error
 
@@ -564,7 +575,12 @@ class _Document:
     def __init__(self, path: Path, overrides: Sequence[str]) -> None:
         self.file = f"{path.name}: "
         text = _read_text(path)
-        content = expect_mapping(_parse_yaml(text, path.name), path.name)
+        read = _parse_yaml(text, path.name)
+        if read in (None, {}):
+            raise SpecError(
+                f"{path.name} is empty; an experiment needs name, algorithms, datasets and seeds"
+            )
+        content = expect_mapping(read, path.name)
         refuse_unknown(content, _TOP_KEYS, self.file)
         if "seeds" in content:
             self._refuse_ambiguous(content["seeds"], text)
@@ -631,7 +647,8 @@ class _Document:
 
     def required(self, key: str) -> Any:
         if self.content.get(key) in (None, [], {}, ""):
-            raise SpecError(f"{self.file}{key} is missing; an experiment needs it")
+            what = "is empty" if key in self.content else "is missing"
+            raise SpecError(f"{self.place(key)} {what}; an experiment needs it")
         return self.content[key]
 
     # ------------------------------------------------------------------ layers, in their order
@@ -1015,6 +1032,7 @@ class _Resolver:
         layers += document.command_line_layers(label)
         where = f"{document.file}{label} on {dataset.entry.id}"
         upstream, data, sources = self._upstream(recipe, layers, dataset, at(where, "config"))
+        table_data = {**data, **hparams.data}
         config: dict[str, Any] = dict(upstream)
         fields = field_types(recipe.config).keys() - upstream.keys()
         protocol: dict[str, Any] = {}
@@ -1029,18 +1047,23 @@ class _Resolver:
             raise SpecError(f"{where}: steps is {resolved.steps}; expected at least 1")
         protocol["environment"] = dataset.environment
         protocol["simulator"] = dataset.simulator
+        transforms = config_from_dict(data_spec_class(), data, at(where, "data"))
         trial = TrialSpec(
             algorithm=recipe.name,
             revision=recipe.revision,
             dataset_id=dataset.entry.id,
             dataset_digest=dataset.digest,
-            data=data_to_dict(config_from_dict(data_spec_class(), data, at(where, "data"))),
+            data=data_to_dict(transforms),
             config=config_to_dict(resolved),
             seed=seed,
             evaluation=config_from_dict(EvaluationSpec, protocol, at(where, "evaluation")),
             label=label,
             precision=precision,
         )
+        table = {**config_to_dict(recipe.config()), **hparams.config}
+        before = {**{key: table[key] for key in fields}, **_prefixed(data_spec_class()())}
+        before.update({f"data.{key}": item for key, item in table_data.items()})
+        after = {**config_to_dict(resolved), **_prefixed(transforms)}
         origin = Origin(
             label,
             recipe.name,
@@ -1049,6 +1072,7 @@ class _Resolver:
             dataset.entry.relation,
             _joined(hparams.source, sources),
             getattr(dataset.entry, "note", ""),
+            _changed(layers[1:], plain(before), after),
         )
         return trial, origin
 
@@ -1086,6 +1110,33 @@ class _Resolver:
             data.update(hparams.data)
             sources.append(f"{name} {other.name}: {hparams.source}")
         return found, data, sources
+
+
+def _changed(
+    layers: Sequence[_Layer], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What layers changed, by who said it last; of a `Pretrained` field, what they say of it.
+
+    Args:
+        before: settings under the layers, without `Pretrained` fields.
+        after: settings with them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        who = "command line" if layer.place.startswith(COMMAND_LINE) else "experiment"
+        said = {**layer.config, **{f"data.{key}": item for key, item in layer.data.items()}}
+        for key in said.keys() & after.keys():
+            for others in found.values():
+                others.pop(key, None)
+            if key not in before:
+                found.setdefault(who, {})[key] = plain(said[key])
+            elif after[key] != before[key]:
+                found.setdefault(who, {})[key] = after[key]
+    return {who: dict(sorted(settings.items())) for who, settings in found.items() if settings}
+
+
+def _prefixed(data: Any) -> dict[str, Any]:
+    return {f"data.{key}": item for key, item in config_to_dict(data).items()}
 
 
 def _joined(source: str, others: Sequence[str]) -> str:

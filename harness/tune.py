@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -236,33 +237,50 @@ def cluster() -> Iterator[None]:
     if relative := os.environ.get("MINARI_DATASETS_PATH"):
         os.environ["MINARI_DATASETS_PATH"] = os.path.abspath(os.path.expanduser(relative))
     before = set(psutil.Process().children(recursive=True))
+    started = time.monotonic()
     for attempt in range(1, INIT_TRIES + 1):
         try:
             with _quiet_logs(), contextlib.chdir(folder):
                 ray.init(**options)
             break
         except Exception as error:
-            ray.shutdown()  # a busy machine can time out while the local cluster starts
-            _end_children(but=before)
-            if address:
-                advice = f"the cluster at RAY_ADDRESS={address}; unset it to run locally"
-            elif attempt < INIT_TRIES:
+            # A busy machine can time out while the local cluster starts.
+            _end_start(before)
+            if not address and attempt < INIT_TRIES:
+                tries = f"try {attempt} of {INIT_TRIES}, after {time.monotonic() - started:.0f} s"
+                print(f"Ray did not start ({tries}); trying again", file=sys.stderr, flush=True)
                 continue
-            else:
-                advice = "a local cluster; is the machine out of memory or very busy?"
-            raise ConnectionError(f"Ray could not start: {error}. Tried {advice}") from error
+            raise ConnectionError(not_started(error, address)) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-def _end_children(but: set[psutil.Process]) -> None:
-    """Ends processes that this one has started since.
+def not_started(error: Exception, address: str | None) -> str:
+    """Why there is no Ray, and what to do."""
+    advice = (
+        f"Tried the cluster at RAY_ADDRESS={address}; unset it to run locally"
+        if address
+        else "Tried a local cluster; is the machine out of memory or very busy? Try again later"
+    )
+    reason = str(error).rstrip(". \n")
+    return f"Ray could not start: {reason}. {advice}, or `harness work SPEC`, which needs no Ray"
+
+
+def _end_start(before: set[psutil.Process]) -> None:
+    """Ends Ray and the processes that a start left.
 
     Ray leaves those of a start that timed out; with a second set of them the next try is slower.
+    They are listed before it shuts down as well: what its processes started is then no child of
+    this one any more.
+
+    Args:
+        before: children of this process that are none of Ray's.
     """
-    left = set(psutil.Process().children(recursive=True)) - but
+    left = set(psutil.Process().children(recursive=True)) - before
+    ray.shutdown()
+    left |= set(psutil.Process().children(recursive=True)) - before
     for child in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()

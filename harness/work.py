@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness import storage
 from harness.home import Home
-from harness.plan import Stack, balanced, is_done, make_plan, unmeasured_stack
+from harness.plan import Stack, is_done, make_plan, parted, unmeasured_stack
 from harness.preflight import Probe, check, refuse
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
@@ -56,15 +56,19 @@ class Shard:
     def of(self, experiment: Experiment) -> Experiment:
         """The experiment with this share's trials only.
 
-        Seeds that can train together stay together, up to `unmeasured_stack`. The shares depend on
-        the experiment alone, not on what is done already nor on this machine, so that jobs agree
+        Seeds that can train together stay together, up to `unmeasured_stack`, unless that makes
+        fewer stacks than shares: then the largest are made smaller. The shares depend on the
+        experiment alone, not on what is done already nor on this machine, so that jobs agree
         without talking.
         """
         most = unmeasured_stack(experiment.run)
         variants: dict[str, list[TrialSpec]] = {}
         for trial in experiment.trials:
             variants.setdefault(trial.variant_id, []).append(trial)
-        groups = [group for trials in variants.values() for group in balanced(trials, most)]
+        parts = {name: -(-len(trials) // most) for name, trials in variants.items()}
+        for _ in range(min(self.count, len(experiment.trials)) - sum(parts.values())):
+            parts[max(parts, key=lambda name: len(variants[name]) / parts[name])] += 1
+        groups = [g for name, trials in variants.items() for g in parted(trials, parts[name])]
         mine = [trial for group in groups[self.index :: self.count] for trial in group]
         return replace(experiment, trials=tuple(mine))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from results import records
-from results.errors import StoreError
+from results.errors import ArchiveError
 from results.records import Record
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def write(store: Store, path: Path, trial_ids: Iterable[str] | None = None) -> i
     """Writes the rows of trials (None: of all) and returns their number. Replaces atomically.
 
     Raises:
-        StoreError: if there are no rows.
+        ArchiveError: if there are no rows.
     """
     import pyarrow as pa
 
     found = list(store.records(KINDS.values(), trial_ids))
     if not found:
-        raise StoreError("the database has no rows of these trials; run the sweep first")
+        raise ArchiveError("the database has no rows of these trials; run the sweep first")
     table = pa.table(
         {
             "kind": pa.array([type(record).__name__ for record in found]).dictionary_encode(),
@@ -89,7 +89,7 @@ def read(path: Path) -> list[Record]:
     """The records of an archive.
 
     Raises:
-        StoreError: if the file is missing or is no archive.
+        ArchiveError: if the file is missing or is no archive.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -97,20 +97,20 @@ def read(path: Path) -> list[Record]:
     try:
         table = parquet.read_table(path, columns=["kind", "record"])
     except FileNotFoundError:
-        raise StoreError(f"{path}: no such archive; `harness archive` writes one") from None
+        raise ArchiveError(f"{path}: no such archive; `harness archive` writes one") from None
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(f"{path}: not an archive of results ({error})") from error
+        raise ArchiveError(f"{path}: not an archive of results ({error})") from error
     rows = zip(table["kind"].to_pylist(), table["record"].to_pylist(), strict=True)
     return [_record(kind, text, path) for kind, text in rows]
 
 
 def _record(kind: str, text: str, path: Path) -> Any:
     if kind not in KINDS:
-        raise StoreError(f"{path}: unknown kind of record {kind!r}; written by a newer version?")
+        raise ArchiveError(f"{path}: unknown kind of record {kind!r}; written by a newer version?")
     try:
         return records.from_json(KINDS[kind], json.loads(text))
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise StoreError(f"{path}: a {kind} does not fit this version: {error}") from error
+        raise ArchiveError(f"{path}: a {kind} does not fit this version: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ def merge(store: Store, paths: Sequence[Path]) -> list[Merged]:
     before the first row is written.
 
     Raises:
-        StoreError: if a file is missing or is no archive.
+        ArchiveError: if a file is missing or is no archive.
     """
     return [_merge(store, rows, keep_unfinished=False) for rows in [read(path) for path in paths]]
 

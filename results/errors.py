@@ -9,3 +9,7 @@ class StoreError(Exception):
 
 class MissingParentError(StoreError):
     """A record refers to a dataset, trial or run that is neither stored nor in the same append."""
+
+
+class ArchiveError(StoreError):
+    """A file is no archive of results, or there is nothing to put into one."""

@@ -123,8 +123,13 @@ def load_pickle(file: Any) -> Any:
 
 def read_corl(path: Path, told: Told) -> list[ImportedRun]:
     """CORL's `bin/offline_scores.pickle`. Without --every, steps count evaluations."""
-    with path.open("rb") as file:
-        content = load_pickle(file)
+    try:
+        with path.open("rb") as file:
+            content = load_pickle(file)
+    except ImportFileError as error:
+        raise ImportFileError(
+            f"{path.name}: {error}. Expected CORL's offline_scores.pickle"
+        ) from error
     try:
         curves = {
             (str(algorithm), str(dataset), seed): list(curve)
@@ -182,8 +187,8 @@ def read_unifloral(path: Path, told: Told) -> list[ImportedRun]:
             returns = np.load(io.BytesIO(archive.read("final_returns.npy")), allow_pickle=False)
             members = archive.namelist()
             arguments = _arguments(archive.read("args.npy")) if "args.npy" in members else {}
-    except ImportFileError:
-        raise
+    except ImportFileError as error:
+        raise ImportFileError(f"{path.name}: {error}") from error
     except Exception as error:  # zipfile, zlib and numpy raise nearly anything for damage
         raise ImportFileError(f"{path.name}: not a result of Unifloral: {error}") from error
     named = re.fullmatch(r"(.+)_([^_]+-v\d+)_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", path.stem)
@@ -312,6 +317,9 @@ def import_file(
     """
     if format not in FORMATS:
         raise ImportFileError(f"unknown format {format!r}; expected one of {', '.join(FORMATS)}")
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; expected a file of format {format}")
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         runs = FORMATS[format](path, told)

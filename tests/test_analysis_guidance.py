@@ -114,6 +114,11 @@ def test_another_table_is_refused(tmp_path):
     pd.DataFrame({"seed": [0]}).to_parquet(path)
     with pytest.raises(ValueError, match="lacks the columns behaviour_distance"):
         guidance.read(path)
+    path.write_text("text")
+    with pytest.raises(ValueError, match=r"other\.parquet is not a parquet file; `harness synth"):
+        guidance.read(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist; `harness syn"):
+        guidance.read(tmp_path / "none.parquet")
 
 
 def test_the_last_quarter_is_that_of_each_horizon(file, tmp_path):

@@ -16,7 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from harness import cli
-from harness.cli import reproducing
+from harness.cli import about, reproducing
 from harness.display import Display
 from tests import inline
 
@@ -89,6 +89,20 @@ def test_the_display_shows_what_an_error_says_whatever_brackets_it_has():
     ]
 
 
+def test_a_bug_is_said_to_be_one(monkeypatch, capsys):
+    for error, is_bug in ((NameError("name 'x' is not defined"), True), (ValueError("no"), False)):
+
+        def broken(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(cli, "app", broken)
+        with pytest.raises(SystemExit):
+            cli.main([])
+        said = capsys.readouterr().err
+        assert f"error {error}" in said
+        assert ("this is a bug; HARNESS_DEBUG=1 shows where" in said) == is_bug
+
+
 def test_unknown_options_and_missing_specs_are_usage_errors(spec, tmp_path):
     assert run("sweep", spec, "--dry").returncode == cli.USAGE
     done = run("sweep", tmp_path / "absent.yaml")
@@ -143,6 +157,25 @@ def test_status_and_plan_show_labels_with_brackets(spec):
     assert "bc[narrow]" in out
 
 
+def test_a_file_that_is_no_archive_is_a_usage_error(spec, tmp_path):
+    bad = tmp_path / "bad.parquet"
+    bad.write_text("text")
+    for arguments in (
+        ["merge", tmp_path / "absent.parquet"],
+        ["merge", bad],
+        ["leaderboard", "--db", tmp_path / "absent.parquet"],
+        ["archive", spec, "--out", tmp_path / "rows.parquet"],
+    ):
+        assert invoke(*arguments)[0] == cli.USAGE, arguments
+
+
+@pytest.mark.parametrize("command", ["leaderboard", "table"])
+def test_with_nothing_to_show_a_table_is_an_error_and_not_empty(command, spec):
+    code, out, error = invoke(command, spec)
+    assert (code, out) == (cli.USAGE, "")
+    assert "no run to show; run a sweep first" in error
+
+
 def test_a_sweep_that_needs_nothing_only_tidies_and_does_not_start_ray(spec):
     home = Path(os.environ["HARNESS_HOME"])
     inline.sweep(spec, home)
@@ -189,6 +222,22 @@ def test_a_signal_while_a_command_starts_is_an_interruption(spec, monkeypatch, c
     assert (code, "the same command continues" in err) == (cli.INTERRUPTED, True)
 
 
+def test_a_share_without_trials_says_so(spec):
+    code, out, error = invoke("work", spec, "--shard=3/4")
+    assert code == cli.OK, error
+    assert "shard 3/4 has nothing to do: there are more shards than trials" in out
+
+
+def test_a_share_that_was_interrupted_says_how_to_go_on(spec, monkeypatch):
+    from harness import work
+
+    monkeypatch.setattr(work, "work", lambda *_: work.Done(1, {}, interrupted=True))
+    code, out, _ = invoke("work", spec)
+    assert code == cli.INTERRUPTED
+    assert "3 trials, 1 stack run; interrupted; the same command continues" in " ".join(out.split())
+    assert "puts the rows" not in out
+
+
 def test_algorithms_are_listed_with_their_config():
     code, out, _ = invoke("algorithms", "--json")
     assert code == cli.OK
@@ -198,6 +247,20 @@ def test_algorithms_are_listed_with_their_config():
     code, _, error = invoke("algorithms", "difusion_ql")
     assert code == cli.USAGE
     assert "diffusion_ql" in error
+
+
+@pytest.mark.parametrize(
+    ("annotation", "text"),
+    [
+        (int, "int"),
+        ("float | None", "float | None"),
+        (tuple[int, ...], "tuple[int, ...]"),
+        (float | None, "float | None"),
+    ],
+)
+def test_a_fields_type_reads_as_it_was_written(annotation, text):
+    """Third parties may evaluate their annotations."""
+    assert about.type_name(annotation) == text
 
 
 def test_the_quickstart_finds_its_experiment_and_ends_as_its_sweep(bandit, monkeypatch):

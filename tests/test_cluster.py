@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,11 +69,24 @@ def test_what_a_start_of_ray_left_that_failed_is_ended_and_nothing_else():
 
     earlier = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     before = set(psutil.Process().children(recursive=True))
-    left = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    tune._end_children(but=before)
+    starts_another = "import subprocess as s, sys; s.run([sys.executable, '-c', 'input()'])"
+    left = subprocess.Popen([sys.executable, "-c", starts_another], stdin=subprocess.PIPE)
+    while len(found := psutil.Process(left.pid).children()) < 1:
+        time.sleep(0.01)
+    tune._end_start(before)
     assert left.poll() is not None
+    assert not found[0].is_running() or found[0].status() == psutil.STATUS_ZOMBIE
     assert earlier.poll() is None
     earlier.communicate(b"\n", timeout=30)
+
+
+def test_a_ray_that_does_not_start_says_what_to_do_instead():
+    from harness import tune
+
+    said = tune.not_started(RuntimeError("the raylet timed out; overloaded.\n"), None)
+    assert "; overloaded. Tried a local cluster" in said
+    assert said.endswith("or `harness work SPEC`, which needs no Ray")
+    assert "RAY_ADDRESS=127.0.0.1:1; unset it" in tune.not_started(OSError("x"), "127.0.0.1:1")
 
 
 def test_workers_map_the_data_of_their_node_also_where_a_sweep_takes_several_tuners(

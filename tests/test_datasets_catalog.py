@@ -122,6 +122,13 @@ def test_an_unknown_name_gets_near_matches(name: str, hint: str) -> None:
     assert isinstance(error.value, KeyError)
 
 
+def test_a_near_match_that_is_stored_and_can_be_made_is_named_once(empty_store: Path) -> None:
+    put_metadata(empty_store, "generated/bandit2d-v0")
+    with pytest.raises(UnknownDatasetError, match=r"Did you mean 'generated/bandit2d-v0'[ ?]") as e:
+        datasets.resolve("generated/bandit2-v0")
+    assert str(e.value).partition(" Stored")[0].count("bandit2d") == 1
+
+
 @pytest.mark.parametrize(
     "name", ["../secret-v0", "/etc/passwd", "a/../../b-v0", "a//b-v0", "", "a\\b-v0", "x-v0\n"]
 )

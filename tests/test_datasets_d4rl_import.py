@@ -214,6 +214,8 @@ def test_clipping_is_explicit_and_recorded(tmp_path: Path) -> None:
 def test_missing_and_damaged_files_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="does not exist"):
         import_d4rl(tmp_path / "none.hdf5", "mine/a-v0")
+    with pytest.raises(DatasetError, match="is a folder; expected a D4RL HDF5 file"):
+        import_d4rl(tmp_path, "mine/a-v0")
     file = save(tmp_path / "a.hdf5", columns("..L..T.."))
     file.write_bytes(file.read_bytes()[:600])
     with pytest.raises(DatasetError, match="damaged or incomplete"):

@@ -208,6 +208,11 @@ def test_the_command_line_makes_lists_shows_and_verifies(run, store: Path) -> No
 def test_the_command_line_answers_errors_with_one_message(run, tmp_path: Path) -> None:
     assert "Did you mean" in run("card", "generated/bandit-v0", code=2)
     assert "does not exist" in run("import", str(tmp_path / "x"), "--id", "mine/x-v0", code=2)
+    assert "is named 'nonsense'" in run("list", "nonsense", code=2)
+    assert json.loads(run("list", "nonsense*", "--json")) == []
+    assert "nothing makes 'nonsense'. Known: pointmaze, " in " ".join(
+        run("make", "nonsense", code=2).replace("│", " ").split()
+    )
     assert "not in the mirror" in run(
         "download", "D4RL/pen/human-v2", "--remote", f"file://{tmp_path}", code=2
     )

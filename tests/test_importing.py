@@ -272,5 +272,16 @@ def test_the_command(tmp_path):
     assert "td3_bc (imported)" in board.stdout
 
 
+def test_an_error_names_the_file_and_what_was_expected(store, tmp_path):
+    file = tmp_path / "bad.pickle"
+    file.write_text("text")
+    with pytest.raises(ImportFileError, match=r"^bad\.pickle: not a pickle .* Expected CORL's"):
+        import_file(store, file, "corl")
+    with pytest.raises(FileNotFoundError, match=r"none\.csv does not exist; expected a file of"):
+        import_file(store, tmp_path / "none.csv", "csv")
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        import_file(store, tmp_path, "csv")
+
+
 def test_every_format_has_its_reader():
     assert set(importing.FORMATS) == {"corl", "d3rlpy", "unifloral", "csv"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from analysis import leaderboard, plots
 from analysis.load import latency_frame
 from harness import cli, latency, policies
+from harness.cli.policies import latency_tables
 from harness.home import Home
 from harness.registry import Registry
 from harness.spec import load_experiment
@@ -174,6 +177,33 @@ def test_contenders_take_turns(spec, home, monkeypatch):
 def test_numbers_that_are_not_positive_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         latency.measure([], None, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ms", [12.345678, 0.000123456, 12345.678])
+def test_a_narrow_terminal_shows_every_number_whole(spec, ms):
+    trials = {trial.id: trial for trial in load_experiment(spec).trials}
+    shared = {"measured_at": "", "device": "cpu", "threads": 1, "versions": {}, "hardware": {}}
+    records = [
+        LatencyRecord(
+            run_id=run_id,
+            batch=batch,
+            compiled=True,
+            calls=10_000,
+            median_ms=ms,
+            p99_ms=3 * ms,
+            round_medians_ms=(ms, 2 * ms),
+            **shared,
+        )
+        for run_id in trials
+        for batch in (1, 256)
+    ]
+    out = io.StringIO()
+    for table in latency_tables(records, trials):
+        Console(file=out, width=80).print(table)
+    shown = out.getvalue()
+    assert "generated/bandit2d-v0" in shown
+    for number in (f"{ms:.4g} to {2 * ms:.4g}", f"{3 * ms:.4g}", f"{ms / 256:.4g}", "10000"):
+        assert shown.count(number) >= len(trials), shown
 
 
 def test_the_command_keeps_what_it_measured_with_the_run(spec, home):

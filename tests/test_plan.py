@@ -618,6 +618,20 @@ def test_the_tables_show_every_stack_and_the_counts(home: Workspace) -> None:
         assert text in shown, shown
 
 
+def test_the_tables_say_what_was_changed_of_the_settings(home: Workspace) -> None:
+    text = SPEC.replace("[generated/line-v0]", "[generated/line-v0, hopper-medium-v2]")
+    case = 'cases=[{dataset: "hopper*", config: {student_lr: 2}}]'
+    items = plan_tables(home.plan(case, "steps=50", text=text).describe())
+    notes = [item for item in items if isinstance(item, str)]
+    assert (
+        "settings of two_stage on generated/line-v0 changed by the command line: steps=50" in notes
+    )
+    assert (
+        "settings of two_stage on mujoco/hopper/medium-v0 changed by the command line: "
+        "steps=50, student_lr=2.0"
+    ) in notes
+
+
 @given(st.sets(st.integers(0, 50), min_size=1))
 def test_seed_ranges_are_what_parse_seeds_reads(seeds: set[int]) -> None:
     assert parse_seeds(seed_ranges(seeds)) == tuple(sorted(seeds))

@@ -453,6 +453,23 @@ def test_the_plan_says_which_preset_applied(load: Any) -> None:
     assert re.search(r"\+ preset dec2023 \(.*; official code of December 2023", origin.hparams)
 
 
+def test_the_plan_says_what_was_changed_of_the_table_and_by_whom(load: Any) -> None:
+    found = load(LAYERS, "config.teacher_lr=8", "algorithms.other.config.student_lr=0.1")
+    changed = {(o.label, o.dataset_id.split("/")[1][:4]): o.changed for o in found.origins}
+    assert changed["plain", "loop"] == {
+        "experiment": {"data.discount": 0.5, "steps": 60, "student_lr": 4.0},
+        "command line": {"teacher_lr": 8.0},
+    }
+    assert changed["other", "line"] == {  # student_lr is what it is by default
+        "experiment": {"data.reward": "normalize", "steps": 50},
+        "command line": {"teacher_lr": 8.0},
+    }
+    later, by_hand = load(PRESETS, "algorithms.by_hand.config.tau=0.2").origins
+    assert later.changed == {"experiment": {"tau": 0.1}}
+    assert by_hand.changed["experiment"]["num_candidates"] == 64
+    assert "steps" not in load(PRESETS, "algorithms=later", "steps=3000000").origins[0].changed
+
+
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
@@ -606,8 +623,8 @@ def test_a_name_given_in_full_is_kept_over_the_globs(load: Any) -> None:
         ("", ("algorithms.x={algorithm: two_stage}",), r"the same trials as algorithms\.plain"),
         ("", ("algorithms.plain.steps=3", "algorithms.plain.config.steps=3"), r"give one"),
         ("", ("seeds=3-1",), r"command line: seeds: the range '3-1' is descending"),
-        ("", ("seeds=",), r"seeds is missing"),
-        ("", ("datasets=[]",), r"datasets is missing"),
+        ("", ("seeds=",), r"seeds is empty"),
+        ("", ("datasets=[]",), r"datasets is empty"),
         ("", ("datasets=[nope-v0]",), r"command line: datasets\[0\]: unknown dataset 'nope-v0'"),
         ("", ("datasets=['nope*']",), r"datasets\[0\]: no stored dataset matches 'nope\*'"),
         ("", ("datasets=[3]",), r"datasets\[0\]: expected a dataset's name, got 3"),
@@ -656,6 +673,16 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path: Path, registry: Regi
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match="cannot be read as text"):
         load_experiment(tmp_path / "bytes.yaml", registry=registry)
+    with pytest.raises(SpecError, match="is a folder; expected a YAML file"):
+        load_experiment(tmp_path, registry=registry)
+
+
+def test_what_is_empty_is_said_to_be(load: Any) -> None:
+    for text in ("", "# nothing yet\n", "{}"):
+        with pytest.raises(SpecError, match=r"spec\.yaml is empty; an experiment needs name, "):
+            load(text)
+    with pytest.raises(SpecError, match=r"spec\.yaml: datasets is empty"):
+        load("name: n\nalgorithms: [two_stage]\ndatasets: []\nseeds: 0")
 
 
 def test_all_datasets_that_cannot_be_used_are_named_at_once(load: Any) -> None:

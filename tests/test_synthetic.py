@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from algorithms.api import Batch
 from algorithms.testing import TinyDataset
 from harness import cli, datasets
+from harness.cli.policies import strengths_of
 from harness.datasets.errors import DatasetError
 from harness.environments import EnvironmentSpec
 from harness.home import Home
@@ -154,6 +155,13 @@ def measured(windows, hopper):
         id, label, algorithm, dataset_id, seed = "t", "label", "algorithm", "test/hopper-v0", 0
 
     return measure(Generated(Trial, None, windows, None), *hopper)
+
+
+def test_strengths_are_numbers_with_commas():
+    assert strengths_of("0,0.3,1") == [0.0, 0.3, 1.0]
+    assert strengths_of("") == [None]
+    with pytest.raises(ValueError, match="--coefs is '0,abc'; expected numbers with commas"):
+        strengths_of("0,abc")
 
 
 def test_real_steps_have_no_error_and_lie_on_the_data(hopper):

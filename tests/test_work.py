@@ -42,7 +42,7 @@ def do(spec, home, shard, stop_file, store=None, report=lambda stack, progress: 
     return done, ended
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_shares_are_a_partition_and_keep_stacks_together(spec, count):
     experiment = load_experiment(spec, [])
     shares = [Shard(index, count).of(experiment).trials for index in range(count)]
@@ -54,6 +54,23 @@ def test_shares_are_a_partition_and_keep_stacks_together(spec, count):
             seeds = {trial.seed for trial in share if trial.label == label}
             # Five seeds in stacks of at most two: {0, 1}, {2, 3}, {4}.
             assert all((seed ^ 1) in seeds for seed in seeds if seed < 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "overrides", "sizes"),
+    [
+        (4, ["algorithms=bc", "run.max_stack=16"], [2, 1, 1, 1]),
+        (3, ["run.max_stack=16"], [3, 2, 5]),
+        (9, [], [1, 1, 1, 1, 1, 2, 1, 1, 1]),
+        (12, [], [1] * 10 + [0, 0]),
+    ],
+)
+def test_stacks_are_made_smaller_where_there_are_more_shares(spec, count, overrides, sizes):
+    experiment = load_experiment(spec, overrides)
+    shares = [Shard(index, count).of(experiment).trials for index in range(count)]
+    ids = [trial.id for share in shares for trial in share]
+    assert sorted(ids) == sorted(trial.id for trial in experiment.trials)
+    assert [len(share) for share in shares] == sizes
 
 
 @pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "a/b", "1/", "0/0"])

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable
 import typer
 
 from harness.cli import about, clusters, data, policies, reading, reproducing, running, studies
-from harness.cli.exit_codes import ENVIRONMENT, INTERRUPTED, OK, SOME_FAILED, USAGE, exit_code
+from harness.cli.exit_codes import (
+    BUGS,
+    ENVIRONMENT,
+    INTERRUPTED,
+    OK,
+    SOME_FAILED,
+    USAGE,
+    exit_code,
+)
 from harness.cli.printing import errors, styled
 
 __all__ = [
@@ -83,4 +91,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         errors.print(styled("error", "red", f" {text}"), highlight=False, soft_wrap=True)
+        if isinstance(error, BUGS):
+            what = type(error).__name__
+            errors.print(f"{what}: this is a bug; HARNESS_DEBUG=1 shows where", highlight=False)
         sys.exit(exit_code(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.table import Table
@@ -34,7 +34,7 @@ def algorithms(
         console.print(styled(name, "bold", f" revision {recipe.revision}: {recipe.summary}"))
         table = Table("field", "default", "type")
         for item in dataclasses.fields(recipe.config):
-            table.add_row(item.name, repr(defaults[item.name]), str(item.type))
+            table.add_row(item.name, repr(defaults[item.name]), type_name(item.type))
         console.print(table)
         for preset, source in presets.items():
             console.print(styled(f"preset {preset}", "bold", f": {source}"))
@@ -47,6 +47,13 @@ def algorithms(
     for label, recipe in rows:
         table.add_row(label, str(recipe.revision), recipe.summary, recipe.paper)
     console.print(table)
+
+
+def type_name(annotation: Any) -> str:
+    """An annotation as it was written: text where annotations are not evaluated, else a class."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    return str(annotation)
 
 
 def doctor(home: HomeOption = None, db: DatabaseOption = None, as_json: JsonOption = False) -> None:

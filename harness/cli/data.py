@@ -10,13 +10,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from harness.cli.exit_codes import USAGE
 from harness.cli.options import JsonOption, OverwriteOption
 from harness.cli.printing import console, errors
 
 app = typer.Typer(help="Datasets: list, inspect, check, make, import, download.")
-make_app = typer.Typer(help="Generate a dataset in a real environment.")
+
+
+class _Makers(TyperGroup):
+    """Names what can be made where something else is asked for."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"nothing makes {args[0]!r}. Known: {', '.join(self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+
+make_app = typer.Typer(cls=_Makers, help="Generate a dataset in a real environment.")
 app.add_typer(make_app, name="make")
 
 
@@ -62,7 +74,7 @@ def list_(
     """Shows the datasets in the local store."""
     import fnmatch
 
-    from harness.datasets import catalog, local
+    from harness.datasets import DatasetError, catalog, local
 
     with _told():
         names = local.stored_ids()
@@ -83,6 +95,11 @@ def list_(
                     "steps": _count(stored, entry.published, "steps"),
                     "ref_source": entry.ref_source,
                 }
+            )
+        if not rows and not any(char in pattern for char in "*?["):
+            raise DatasetError(
+                f"no dataset is named {pattern!r}; make one with `harness data make bandit2d` or "
+                "see `harness data list --published`"
             )
         if as_json:
             _print_json(rows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -22,10 +23,11 @@ from harness.cli.options import (
 )
 from harness.cli.printing import console, errors, print_left_out
 
-LATENCY_COLUMNS = (
-    *("method", "dataset", "seed", "mode", "batch", "ms/call", "over rounds", "p99"),
-    *("ms/action", "calls"),
-)
+if TYPE_CHECKING:
+    from harness.spec import TrialSpec
+    from results.records import LatencyRecord
+
+LATENCY_NUMBERS = ("batch", "ms/call", "over rounds", "p99", "ms/action", "calls")
 
 
 def actions(
@@ -82,8 +84,7 @@ def synthetic(
     from harness.spec import load_experiment
 
     experiment = load_experiment(spec, overrides or [])
-    strengths: list[float | None] = [float(part) for part in coefs.split(",") if part]
-    strengths = strengths or [None]
+    strengths = strengths_of(coefs)
     if write and len(strengths) > 1:
         raise ValueError(f"--write stores one strength of guidance; got {coefs}")
     found, store = open_store(home, db)
@@ -101,6 +102,16 @@ def synthetic(
     if write:
         console.print(f"{write}: harness data card {write}", highlight=False)
     print_left_out(left_out)
+
+
+def strengths_of(coefs: str) -> list[float | None]:
+    """`0,0.3,1` as numbers; nothing is the strength of training, None."""
+    try:
+        return [float(part) for part in coefs.split(",") if part.strip()] or [None]
+    except ValueError:
+        raise ValueError(
+            f"--coefs is {coefs!r}; expected numbers with commas, such as 0,0.3,1"
+        ) from None
 
 
 def latency(
@@ -157,23 +168,8 @@ def latency(
         ]
         print(json.dumps({"latencies": rows, "left_out": left_out}))
         return
-    table = Table(*LATENCY_COLUMNS)
-    for record in records:
-        trial = of_run[record.run_id]
-        low, high = min(record.round_medians_ms), max(record.round_medians_ms)
-        table.add_row(
-            trial.label,
-            trial.dataset_id,
-            str(trial.seed),
-            "compiled" if record.compiled else "eager",
-            str(record.batch),
-            f"{record.median_ms:.4g}",
-            f"{low:.4g} to {high:.4g}",
-            f"{record.p99_ms:.4g}",
-            f"{record.median_ms / record.batch:.4g}",
-            str(record.calls),
-        )
-    console.print(table)
+    for table in latency_tables(records, of_run):
+        console.print(table)
     hardware = records[0].hardware
     where = f"{records[0].device} ({hardware.get('gpu') or hardware['cpu']})"
     console.print(
@@ -183,6 +179,37 @@ def latency(
         highlight=False,
     )
     print_left_out(left_out)
+
+
+def latency_tables(
+    records: Sequence[LatencyRecord], trials: Mapping[str, TrialSpec]
+) -> Iterator[Table]:
+    """A table for each dataset; a narrow terminal folds what was measured, never a number.
+
+    Args:
+        trials: by run id.
+    """
+    tables: dict[str, Table] = {}
+    for record in records:
+        trial = trials[record.run_id]
+        if trial.dataset_id not in tables:
+            table = tables[trial.dataset_id] = Table(
+                title=trial.dataset_id, pad_edge=False, padding=0
+            )
+            table.add_column("method, seed, mode", overflow="fold")
+            for name in LATENCY_NUMBERS:
+                table.add_column(name, justify="right", no_wrap=True)
+        low, high = min(record.round_medians_ms), max(record.round_medians_ms)
+        tables[trial.dataset_id].add_row(
+            f"{trial.label}, {trial.seed}, {'compiled' if record.compiled else 'eager'}",
+            str(record.batch),
+            f"{record.median_ms:.4g}",
+            f"{low:.4g} to {high:.4g}",
+            f"{record.p99_ms:.4g}",
+            f"{record.median_ms / record.batch:.4g}",
+            str(record.calls),
+        )
+    yield from tables.values()
 
 
 def export(

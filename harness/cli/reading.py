@@ -82,10 +82,16 @@ def print_leaderboard(
     seed: int,
     interval: Any = "percentile",
 ) -> None:
-    """Prints the methods of chosen trials, or of all, by rank."""
+    """Prints the methods of chosen trials, or of all, by rank.
+
+    Raises:
+        ValueError: if none of the trials ever ran.
+    """
     from analysis import leaderboard as board
 
     built = board.build(store, trial_ids, select=select, seed=seed, interval=interval)
+    if not built.rows:
+        raise ValueError(board.NOTHING)
     if output_format == "rich":
         for item in built.renderables():
             console.print(item)

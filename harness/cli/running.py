@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from harness.preflight import Check
     from harness.spec import Experiment
 
+CONTINUES = "the same command continues from the last checkpoints"
+
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
@@ -122,12 +124,13 @@ def sweep_experiment(
 
 
 def _print_plan_line(plan: dict[str, Any]) -> None:
-    from harness.plan import duration
+    from harness.plan import duration, numbered
 
     counts = plan["counts"]
-    text = f": {counts['trials']} trials, {counts['trials_done']} done"
+    text = f": {numbered(counts['trials'], 'trial')}, {counts['trials_done']} done"
     if counts["stacks"]:
-        text += f", {counts['stacks']} stacks to run; training left: {duration(plan['seconds'])}"
+        stacks = numbered(counts["stacks"], "stack")
+        text += f", {stacks} to run; training left: {duration(plan['seconds'])}"
     console.print(styled(plan["name"], "bold", text), highlight=False)
 
 
@@ -143,10 +146,11 @@ def _print_plan(plan: dict[str, Any], checks: list[Check], as_json: bool) -> Non
 
 
 def _print_summary(summary: Any, url: str) -> None:
+    from harness.plan import numbered
     from harness.provenance import git_state
 
     counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.counts.items()))
-    what = f"{summary.trained} stacks run" if summary.trained else "nothing to train"
+    what = f"{numbered(summary.trained, 'stack')} run" if summary.trained else "nothing to train"
     console.print(f"{counts} ({what} in {summary.seconds:.0f} s)", highlight=False)
     for trial_id, error in sorted(summary.errors.items()):
         if summary.statuses[trial_id] != "done":
@@ -161,7 +165,7 @@ def _print_summary(summary: Any, url: str) -> None:
             "dirty",
         )
     if summary.interrupted:
-        console.print("interrupted; the same command continues from the last checkpoints")
+        console.print(f"interrupted; {CONTINUES}")
 
 
 def _last_line(error: str | None) -> str:
@@ -183,6 +187,7 @@ def work(
     """A share of a sweep in this process, without Ray; `harness sweep` then takes in the rows."""
     from harness.display import Display
     from harness.home import Home
+    from harness.plan import numbered
     from harness.spec import load_experiment
     from harness.stopping import stop_on_signals
     from harness.sweep import title
@@ -191,6 +196,11 @@ def work(
     from results.store import Store
 
     experiment = Shard.parse(shard).of(load_experiment(spec, overrides or []))
+    if not experiment.trials:
+        console.print(
+            f"shard {shard} has nothing to do: there are more shards than trials", highlight=False
+        )
+        return
     found = Home.find(home).shared(experiment.run.storage)
     store = Store.open(found.database_url(db)) if found.has_database(db) else None
     display = Display(console, 0)
@@ -213,12 +223,17 @@ def work(
             stop_file,
             planned=planned,
         )
-    console.print(
-        f"shard {shard}: {len(experiment.trials)} trials, {done.stacks} stacks run. "
-        "`harness sweep` with the same spec and home puts the rows into the database"
+    so_far = (
+        f"shard {shard}: {numbered(len(experiment.trials), 'trial')}, "
+        f"{numbered(done.stacks, 'stack')} run"
     )
     if done.interrupted:
+        console.print(f"{so_far}; interrupted; {CONTINUES}", highlight=False)
         raise typer.Exit(INTERRUPTED)
+    console.print(
+        f"{so_far}. `harness sweep` with the same spec and home puts the rows into the database",
+        highlight=False,
+    )
     if done.failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -258,6 +273,6 @@ def status(
         table.add_row(*key, str(steps[key]), *(str(count[c] or "") for c in columns))
     console.print(table)
     if never_seen:
-        console.print(f"{never_seen} trials of the spec were never started")
+        console.print(f"trials of the spec that were never started: {never_seen}")
     for trial_id, error in sorted(failures.items()):
         console.print(f"{trial_id[:12]}: {_last_line(error)}", highlight=False)

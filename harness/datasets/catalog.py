@@ -185,7 +185,7 @@ def _newest(stem: str) -> str:
 
 def _unknown(name: str) -> UnknownDatasetError:
     stored = local.stored_ids()
-    known = [*stored, *_legacy_names(), *_published(), *_made_ids()]
+    known = sorted({*stored, *_legacy_names(), *_published(), *_made_ids()})
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return UnknownDatasetError(

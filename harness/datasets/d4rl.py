@@ -74,7 +74,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dic
     import h5py
 
     if not path.is_file():
-        raise DatasetError(f"{path} does not exist; expected a D4RL HDF5 file. Check the path")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DatasetError(f"{path} {what}; expected a D4RL HDF5 file. Check the path")
     try:
         with h5py.File(path, "r") as handle:
             missing = [key for key in _REQUIRED if key not in handle]
