@@ -231,7 +231,7 @@ def test_a_share_without_trials_says_so(spec):
 def test_a_share_that_was_interrupted_says_how_to_go_on(spec, monkeypatch):
     from harness import work
 
-    monkeypatch.setattr(work, "work", lambda *_: work.Done(1, {}, interrupted=True))
+    monkeypatch.setattr(work, "work", lambda *_, **__: work.Done(1, {}, interrupted=True))
     code, out, _ = invoke("work", spec)
     assert code == cli.INTERRUPTED
     assert "3 trials, 1 stack run; interrupted; the same command continues" in " ".join(out.split())
