@@ -117,7 +117,5 @@ def test_another_table_is_refused(tmp_path):
     path.write_text("text")
     with pytest.raises(ValueError, match=r"other\.parquet is not a parquet file; `harness synth"):
         guidance.read(path)
-    with pytest.raises(
-        FileNotFoundError, match=r"none\.parquet does not exist; `harness syn"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist; `harness syn"):
         guidance.read(tmp_path / "none.parquet")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from analysis import leaderboard, plots
-from analysis.load import MissingScoresError, load_scores, parse_select
+from analysis.load import MissingScoresError, evaluation_frame, load_scores, parse_select
 from results.records import DatasetRecord, EvalRecord, MetricRecord, RunRecord, TrialRecord
 from results.store import Store
 
@@ -235,6 +235,22 @@ def test_the_caption_names_protocol_references_and_simulator(store):
     caption = " ".join(leaderboard.build(store, select="best").caption)
     for part in ("2 episodes every 10", "measured", "mujoco 3.11.0", "chosen by test rollouts"):
         assert part in caption
+
+
+def test_the_caption_of_single_seeds_claims_no_interval_and_no_spread(store):
+    fill(store, [A], complete("a", A, [0]))
+    caption = " ".join(leaderboard.build(store).caption)
+    assert "Aggregates over 1 task " in f"{caption} "
+    assert "interval" not in caption
+    assert "deviation" not in caption
+    figure = plots.aggregate_intervals(leaderboard.build(store))
+    assert "over 1 task, 1 seed, protocol last." in figure._supxlabel.get_text()
+
+
+def test_few_evaluations_have_their_ticks(store):
+    fill(store, [A], complete("a", A, returns={10: [50], 20: [60], 25: [70]}))
+    figure = plots.learning_curves(evaluation_frame(store), leaderboard.build(store))
+    assert list(figure.axes[0].get_xticks()) == [10, 20, 25]
 
 
 def test_few_seeds_have_no_interval_and_the_leaderboard_says_so(store):
