@@ -16,7 +16,7 @@ import numpy as np
 
 from analysis import stats, tables
 from analysis.leaderboard import NOTHING, Leaderboard, build
-from analysis.load import Task
+from analysis.load import Task, trials_to_show
 from analysis.tracks import Track, split
 
 if TYPE_CHECKING:
@@ -80,9 +80,8 @@ def make(
         ValueError: if there is no run, or the rule is unknown.
     """
     ids = None if trial_ids is None else list(trial_ids)
-    trials, runs = store.trials(ids), store.runs(ids)
-    trials = trials[trials.trial_id.isin(runs.trial_id)]
-    if trials.empty:
+    trials, runs = trials_to_show(store, ids), store.runs(ids)
+    if runs.empty:
         raise ValueError(NOTHING)
     found = []
     for track, part in split(trials):

@@ -86,7 +86,8 @@ def read(*files: Path) -> Report:
             f"{first.label} on {first.dataset_id}, seed {first.seed}, strength {first.coef} is in "
             f"{', '.join(map(str, files))} more than once"
         )
-    late = table[table["index"] >= LATE * (table["index"].max() + 1)]
+    horizon = table.groupby(keys, dropna=False)["index"].transform("max") + 1
+    late = table[table["index"] >= LATE * horizon]
     trials = table.groupby(keys, dropna=False)[[c for c in PANELS if c != "late_error"]].mean()
     trials["late_error"] = late.groupby(keys, dropna=False)["dynamics_error"].mean()
     trials = trials.reset_index()

@@ -44,13 +44,15 @@ class Task:
 
     @property
     def normalized(self) -> bool:
-        """Whether returns can be normalised: both references are known."""
-        return self.ref_min is not None and self.ref_max is not None
+        """Whether returns can be normalised: both references are known, and not the wrong way."""
+        return self.ref_min is not None and self.ref_max is not None and self.ref_min < self.ref_max
 
     def score(self, episode_return: float) -> float:
         """The normalised score, a fraction; the raw return of a task without references."""
-        if self.ref_min is None or self.ref_max is None:
+        if not self.normalized:
             return episode_return
+        assert self.ref_min is not None
+        assert self.ref_max is not None
         return (episode_return - self.ref_min) / (self.ref_max - self.ref_min)
 
 
@@ -164,6 +166,7 @@ def select_by_bc_loss(steps: Sequence[int], losses: pd.DataFrame, rank: int) -> 
     checkpoints until then the one with the `rank`-th lowest loss is chosen (Wang et al., 2023:
     the second or third lowest; the released table's `top_k` is rank - 1). The released code takes
     the *rank of checkpoint number* top_k instead, which is the same where the loss only falls.
+    With fewer checkpoints than `rank` the last rank is chosen, as in that code.
 
     Args:
         steps: evaluated gradient steps, ascending.
@@ -184,9 +187,7 @@ def select_by_bc_loss(steps: Sequence[int], losses: pd.DataFrame, rank: int) -> 
         start = step
         if len(means) > 1 and means[-1] > means[-2]:
             break
-    if len(means) < rank:
-        return -1, f"has only {len(means)} evaluations until its bc_loss rose"
-    return sorted(range(len(means)), key=means.__getitem__)[rank - 1], ""
+    return sorted(range(len(means)), key=means.__getitem__)[min(rank, len(means)) - 1], ""
 
 
 def read_tasks(store: Store, trials: pd.DataFrame) -> dict[tuple[str, str, str], Task]:
@@ -219,6 +220,14 @@ def _known(value: float | None) -> float | None:
     return None if value is None or value != value else float(value)
 
 
+def trials_to_show(store: Store, trial_ids: Iterable[str] | None) -> pd.DataFrame:
+    """The trials that were asked for, run or not; of a whole database all that ever ran."""
+    trials = store.trials(trial_ids)
+    if trial_ids is None:
+        return trials[trials.trial_id.isin(store.runs().trial_id)]
+    return trials
+
+
 def evaluation_frame(store: Store, trial_ids: Iterable[str] | None = None) -> pd.DataFrame:
     """One row per trial and evaluation of finished or diverged runs, ready to plot.
 
@@ -226,7 +235,7 @@ def evaluation_frame(store: Store, trial_ids: Iterable[str] | None = None) -> pd
     trial_id, run_id, variant_id.
     """
     ids = None if trial_ids is None else list(trial_ids)
-    trials = store.trials(ids)
+    trials = trials_to_show(store, ids)
     frame = store.evaluation_means(ids, statuses=("done",))
     if trials.empty or frame.empty:
         return frame.assign(method="", task="", seed=0, score=0.0, variant_id="").iloc[:0]
@@ -273,12 +282,15 @@ def latency_frame(store: Store, trial_ids: Iterable[str] | None = None) -> pd.Da
 def method_names(
     trials: pd.DataFrame, tasks: Mapping[tuple[str, str, str], Task]
 ) -> tuple[dict[str, str], list[str]]:
-    """Trial id -> name of its method, and notes about labels that stand for several variants.
+    """Trial id -> name of its method, and notes about labels that do not stand for one variant.
 
-    A label names a method where it stands for one variant on each task. Where it stands for
-    several (other hyperparameters, steps or evaluation), each becomes a method of its own, named
-    after what differs, so that trials with the same difference meet in one row over all tasks.
+    Labels that share a variant are one method: seeds of one setting are never told apart by what
+    an experiment called it. A label names a method where it stands for one variant on each task.
+    Where it stands for several (other hyperparameters, steps or evaluation), each becomes a method
+    of its own, named after what differs, so that trials with the same difference meet in one row
+    over all tasks.
     """
+    trials, same = _unite_labels(trials)
     variants: dict[str, dict[str, dict[str, dict[str, str]]]] = {}  # label, task, variant
     task_of = {}
     for row in _rows(trials):
@@ -308,7 +320,36 @@ def method_names(
         for label, found in sorted(split.items())
         if len(found) > 1
     ]
-    return names, notes + [f"{name} is {text}" for name, text in sorted(explained.items())]
+    return names, same + notes + [f"{name} is {text}" for name, text in sorted(explained.items())]
+
+
+def _unite_labels(trials: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Trials whose labels are one, the most frequent, where they share a variant; notes on that."""
+    label_of: dict[str, str] = {}  # label -> another of the same method; ends at itself
+
+    def root(label: str) -> str:
+        while label_of.setdefault(label, label) != label:
+            label = label_of[label]
+        return label
+
+    for _, labels in trials.groupby("variant_id").label.unique().items():
+        for other in labels[1:]:
+            label_of[root(other)] = root(labels[0])
+    groups: dict[str, set[str]] = {}
+    for label in trials.label.unique():
+        groups.setdefault(root(label), set()).add(label)
+    counts = trials.label.value_counts()
+    shown = {
+        label: min(group, key=lambda name: (-counts[name], name))
+        for group in groups.values()
+        for label in group
+    }
+    notes = [
+        f"{', '.join(sorted(group - {shown[first]}))} shown as {shown[first]}: the same settings"
+        for first, group in sorted(groups.items())
+        if len(group) > 1
+    ]
+    return trials.assign(label=trials.label.map(shown)), notes
 
 
 def _rows(frame: pd.DataFrame) -> Iterator[Any]:
@@ -356,9 +397,7 @@ def load_scores(
     """
     kind, count = parse_select(select)
     ids = None if trial_ids is None else list(trial_ids)
-    trials = store.trials(ids)
-    if ids is None:
-        trials = trials[trials.trial_id.isin(store.runs().trial_id)]
+    trials = trials_to_show(store, ids)
     if trials.empty:
         return Scores(select, (), (), {}, ("the database has none of these trials",))
     unknown = 0 if ids is None else len(set(ids)) - len(trials)

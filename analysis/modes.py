@@ -36,14 +36,14 @@ class Report:
 
     Attributes:
         numbers: one row per task, method and seed: solved, entropy (nan without a solution),
-            episodes, mode_0 ... (shares of the solved episodes), run_id.
-        modes: number of solutions, the base of the entropy.
+            episodes, mode_0 ... (shares of the solved episodes; nan beyond the task's), run_id.
+        modes: number of solutions of each task, the base of its entropy.
         estimates: (task, method) -> metric -> mean over seeds; None without a value.
         notes: what was left out.
     """
 
     numbers: pd.DataFrame
-    modes: int
+    modes: Mapping[str, int]
     estimates: Mapping[tuple[str, str], Mapping[str, Estimate | None]]
     notes: tuple[str, ...]
     seed: int
@@ -67,7 +67,7 @@ def build(
     """The modes at the end of the finished runs of some trials.
 
     Args:
-        modes: how many solutions there are; None: as many as were seen in all of these runs.
+        modes: how many solutions each task has; None: as many as were seen in all of its runs.
         seed: of the bootstrap.
     Raises:
         ValueError: if no run's environment tells modes, or there are more than `modes`.
@@ -90,24 +90,27 @@ def build(
     seen = int(last["mode"].max()) + 1
     if modes is not None and seen > modes:
         raise ValueError(f"{modes} modes were given, but mode {seen - 1} was seen (the first is 0)")
-    count = modes or seen
     known = trials.loc[list(dict.fromkeys(last.trial_id))]
     tasks = read_tasks(store, known)
     names, _ = method_names(known, tasks)
+    keys = zip(known.dataset_id, known.dataset_digest, known.simulator, strict=True)
+    task_of = dict(zip(known.trial_id, (tasks[key].name for key in keys), strict=True))
+    highest = last["mode"].groupby(last.trial_id.map(task_of)).max().fillna(0.0)
+    counts = {str(task): modes or int(value) + 1 for task, value in highest.items()}
     rows = []
     for trial_id in known.trial_id:
-        trial: Any = known.loc[trial_id]
+        task = task_of[trial_id]
         part = last[last.trial_id == trial_id]
-        found = np.bincount(part["mode"].dropna().astype(int), minlength=count)
+        found = np.bincount(part["mode"].dropna().astype(int), minlength=counts[task])
         solved = int(found.sum())
         rows.append(
             {
-                "task": tasks[trial.dataset_id, trial.dataset_digest, trial.simulator].name,
+                "task": task,
                 "method": names[trial_id],
-                "seed": int(trial.seed),
+                "seed": int(known.seed[trial_id]),
                 "episodes": len(part),
                 "solved": solved / len(part),
-                "entropy": entropy(found.tolist(), count),
+                "entropy": entropy(found.tolist(), counts[task]),
                 **{f"mode_{i}": n / solved if solved else np.nan for i, n in enumerate(found)},
                 "run_id": runs[trial_id].run_id,
             }
@@ -123,7 +126,7 @@ def build(
     left = sorted(set(dataset_of[~told]))
     notes = [f"{len(trials) - len(runs)} trials have no finished run"] * (len(trials) > len(runs))
     notes += [f"left out, as its environment tells no modes: {name}" for name in left]
-    return Report(numbers, count, estimates, tuple(notes), seed)
+    return Report(numbers, counts, estimates, tuple(notes), seed)
 
 
 def _shown(estimate: Estimate | None) -> str:
@@ -133,10 +136,10 @@ def _shown(estimate: Estimate | None) -> str:
 def rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table: means over seeds with intervals, and mean shares."""
     body = []
-    shares = [f"mode_{index}" for index in range(report.modes)]
     for (task, method), found in report.estimates.items():
         numbers = report.numbers
         own = numbers[(numbers.task == task) & (numbers.method == method)]
+        shares = [f"mode_{index}" for index in range(report.modes[task])]
         mean = [f"{value:.2f}" for value in own[shares].mean()]
         body.append([task, method, str(len(own)), *map(_shown, found.values()), "/".join(mean)])
     return ["task", "method", "seeds", *METRICS.values(), "shares of the solutions"], body
@@ -145,12 +148,16 @@ def rows(report: Report) -> tuple[list[str], list[list[str]]]:
 def about(report: Report) -> str:
     """How the numbers were made, in a paragraph."""
     episodes = report.numbers.episodes
+    several = len(report.modes) > 1
+    solutions = ", ".join(
+        f"{task}: {count}" if several else str(count) for task, count in report.modes.items()
+    )
     span = f"{episodes.min()}" + (f" to {episodes.max()}" if episodes.nunique() > 1 else "")
     return (
         f"Last evaluation of each finished run, {span} episodes. Mean over seeds with its 95 % "
         f"bootstrap interval over seeds (none below {MIN_SEEDS} seeds). Task entropy to the base "
-        f"{report.modes}, the number of solutions, over the episodes that have one; an entropy of "
-        "few episodes is biased down."
+        f"of the task's number of solutions ({solutions}), over the episodes that have one; an "
+        "entropy of few episodes is biased down."
     )
 
 
@@ -169,12 +176,12 @@ def figure(report: Report) -> Figure:
     labels = list(report.estimates)
     several = len({task for task, _ in labels}) > 1
     drawn, axis = plt.subplots(figsize=(5.5, 0.34 * len(labels) + 1.5), layout="constrained")
-    colours = plt.get_cmap("viridis")(np.linspace(0.15, 0.9, report.modes))
+    colours = plt.get_cmap("viridis")(np.linspace(0.15, 0.9, max(report.modes.values())))
     numbers = report.numbers
     for place, (task, method) in enumerate(labels):
         own = numbers[(numbers.task == task) & (numbers.method == method)]
         left = 0.0
-        for index in range(report.modes):
+        for index in range(report.modes[task]):
             share = float((own[f"mode_{index}"].fillna(0.0) * own.solved).mean())
             axis.barh(place, share, left=left, color=colours[index], height=0.75)
             left += share

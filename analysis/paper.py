@@ -20,7 +20,7 @@ from analysis import plots, stats, tuning
 from analysis.curves import REPS as CURVE_REPS
 from analysis.curves import mean_curves
 from analysis.leaderboard import Leaderboard, build
-from analysis.load import evaluation_frame, latency_frame
+from analysis.load import evaluation_frame, latency_frame, trials_to_show
 from analysis.plots import LINE_STYLES, SERIES_COLOURS
 from analysis.tracks import Track, split
 
@@ -105,7 +105,7 @@ def write(
     if style not in STYLES:
         raise ValueError(f"style {style!r}; expected one of {', '.join(STYLES)}")
     ids = None if trial_ids is None else list(trial_ids)
-    trials = store.trials(ids)
+    trials = trials_to_show(store, ids)
     done = store.runs(ids).query("status == 'done'").trial_id
     tracks = [(track, part) for track, part in split(trials) if part.trial_id.isin(done).any()]
     if not tracks:

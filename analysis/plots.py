@@ -86,6 +86,11 @@ def palette(methods: Sequence[str]) -> dict[str, Any]:
     return dict(zip(sorted(methods), colours, strict=False))
 
 
+def line_style(place: int) -> Any:
+    """The line of the method at `place`; another one from the colours' second round on."""
+    return LINE_STYLES[(place + place // 10) % len(LINE_STYLES)]
+
+
 def figure_style() -> None:
     import matplotlib as mpl
     import seaborn as sns
@@ -132,7 +137,7 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
         scale = 100.0 if tasks[name].normalized else 1.0
         for place, method in enumerate(methods):
             if (method, name) in curves:
-                style = {"color": colours[method], "linestyle": LINE_STYLES[place % 5]}
+                style = {"color": colours[method], "linestyle": line_style(place)}
                 draw_curve(axis, curves[method, name], scale, style, method)
         axis.set_title(name, fontsize="small")
         axis.set_xlabel("gradient steps")

@@ -57,7 +57,6 @@ def cell_rows(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
 
 def renderables(board: Leaderboard) -> list[Any]:
     """For a rich console: two tables, the caption, the notes."""
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -66,11 +65,11 @@ def renderables(board: Leaderboard) -> list[Any]:
         (board.title, aggregate_rows(board)),
         ("Cells", cell_rows(board)),
     ):
-        table = Table(title=escape(title), title_justify="left", header_style="bold")
+        table = Table(title=Text(title, "table.title"), title_justify="left", header_style="bold")
         for index, name in enumerate(header):
-            table.add_column(escape(name), justify="right" if index else "left", overflow="fold")
+            table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(Text, row))
         items.append(table)
     items.append(Text(_paragraph(board), style="dim"))
     items += [Text(f"! {remark}", style="yellow") for remark in _remarks(board)]

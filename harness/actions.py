@@ -74,10 +74,11 @@ def draw_actions(
     if not 1 <= count <= MOST_ROWS:
         raise ValueError(f"count is {count}; expected 1 to {MOST_ROWS} actions per trial")
     registry = registry or Registry()
+    home = home.shared(experiment.run.storage)
     trained, left_out = policies.split(experiment.trials, store, home, registry)
     if not trained or (left_out and not partial):
         raise ValueError(policies.refusal(experiment.trials, left_out))
-    loader = policies.Loader(home, registry, resolve_device(experiment.run.device))
+    loader = policies.Loader(registry, resolve_device(experiment.run.device))
     tables = []
     for each in trained:
         trainer, dataset = loader.load(each)

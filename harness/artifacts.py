@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from harness.full_disk import explained
 from harness.provenance import utc_now
 from harness.typed import FieldError, canonical_json
@@ -226,7 +228,8 @@ class ArtifactStore:
         """Deletes what killed publications left, and returns the names of those folders.
 
         Args:
-            older_than_s: leave younger folders alone: another process may be writing them.
+            older_than_s: leave younger folders alone: another process may be writing them. So may,
+                after it was suspended, one whose process is alive on this machine.
         """
         removed = []
         if self.root.is_dir():
@@ -235,7 +238,7 @@ class ArtifactStore:
                     old = time.time() - entry.stat().st_mtime >= older_than_s
                 except FileNotFoundError:
                     continue
-                if entry.name.startswith(_TEMPORARY) and old:
+                if entry.name.startswith(_TEMPORARY) and old and not _maker_lives(entry):
                     shutil.rmtree(entry, ignore_errors=True)
                     removed.append(entry.name)
         return removed
@@ -364,6 +367,15 @@ def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
     digest = hashlib.sha256(canonical.encode("ascii")).hexdigest()
     text = json.dumps({**json.loads(canonical), "self_sha256": digest}, indent=1, sort_keys=True)
     return text.encode("ascii") + b"\n"
+
+
+def _maker_lives(folder: Path) -> bool:
+    """Whether the process in a temporary folder's name is alive here, and not a later namesake."""
+    try:
+        process = psutil.Process(int(folder.name.rsplit("-", 2)[1]))
+        return process.create_time() <= folder.stat().st_mtime
+    except (psutil.Error, ValueError, FileNotFoundError):
+        return False
 
 
 def _walk(folder: Path, stage_id: str) -> Iterator[str]:

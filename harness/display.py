@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
+from rich.text import Text
 
 from harness.plan import duration
 
 PLAIN_LINE_EVERY_S = 15.0
+_COLOURED = re.compile(r"\[(red|yellow)\](.*?)\[/\1\]", re.DOTALL)
 
 
 class Display:
@@ -34,10 +37,14 @@ class Display:
         self._progress: Progress | None = None
         if console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}", table_column=Column(ratio=3, no_wrap=True)),
+                TextColumn(
+                    "{task.description}",
+                    markup=False,
+                    table_column=Column(ratio=3, no_wrap=True),
+                ),
                 BarColumn(bar_width=None, table_column=Column(ratio=2)),
                 TextColumn("{task.completed:>7.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[info]}"),
+                TextColumn("{task.fields[info]}", markup=False),
                 TimeElapsedColumn(),
                 console=console,
                 expand=True,
@@ -53,8 +60,8 @@ class Display:
             self._progress.stop()
 
     def line(self, text: str) -> None:
-        """A line that stays."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """A line that stays; `[red]...[/red]` or `[yellow]...[/yellow]` may colour its start."""
+        self.console.print(_coloured(text), highlight=False, soft_wrap=True)
 
     def update(self, key: str, title: str, num_seeds: int, progress: Any) -> None:
         """Shows a worker's progress (`harness.worker.Progress`)."""
@@ -75,11 +82,20 @@ class Display:
             self.line(f"{title}  step {progress.step}/{progress.steps}  {info}")
 
     def end(self, key: str, text: str) -> None:
-        """A stack has ended."""
+        """A stack has ended; `text` is as in `line`."""
         self.ended += 1
         if self._progress and key in self._bars:
             self._progress.remove_task(self._bars.pop(key))
-        self.line(f"[{self.ended}/{self.total}] {text}")
+        count = Text(f"[{self.ended}/{self.total}] ")
+        self.console.print(count + _coloured(text), highlight=False, soft_wrap=True)
+
+
+def _coloured(text: str) -> Text:
+    """The text with its start in a colour; all else as it is, for errors are full of brackets."""
+    start = _COLOURED.match(text)
+    if start is None:
+        return Text(text)
+    return Text.assemble((start[2], start[1]), text[start.end() :])
 
 
 @contextmanager
@@ -88,7 +104,7 @@ def counted(console: Console) -> Iterator[Callable[[int, int, str], None]]:
     if console.is_terminal:
         with Progress(
             BarColumn(),
-            TextColumn("{task.completed}/{task.total} {task.description}"),
+            TextColumn("{task.completed}/{task.total} {task.description}", markup=False),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -104,7 +120,7 @@ def counted(console: Console) -> Iterator[Callable[[int, int, str], None]]:
         nonlocal last
         if time.monotonic() - last >= PLAIN_LINE_EVERY_S:
             last = time.monotonic()
-            console.print(f"{done}/{total} {text}", highlight=False, soft_wrap=True)
+            console.print(Text(f"{done}/{total} {text}"), highlight=False, soft_wrap=True)
 
     yield line
 

@@ -34,7 +34,7 @@ class Episode:
 class EvaluationError(RuntimeError):
     """An environment misbehaved in an episode, and again when it was played anew in a fresh one.
 
-    Names the environment, the episode, its seed and the step.
+    Names the training seed, the environment, the episode, its seed and the step.
     """
 
 
@@ -81,6 +81,7 @@ class Evaluator:
         self.episodes = episodes
         self.first_env_seed = first_env_seed
         self.retried = [0] * num_seeds  # episodes of the last run that had to be played anew
+        self._seeds = [0] * num_seeds  # of the last run
         self._make_env = make_env
         self.slots = [
             [_Slot(make_env()) for _ in range(min(episodes, num_envs))] for _ in range(num_seeds)
@@ -99,8 +100,8 @@ class Evaluator:
         step: torch.Tensor,
         alive: Sequence[bool],
         on_step: Callable[[], None] = lambda: None,
-    ) -> tuple[list[list[Episode]], dict[int, str]]:
-        """Episodes of each seed, and why a seed has none.
+    ) -> tuple[list[list[Episode]], dict[int, str | EvaluationError]]:
+        """Episodes of each seed, and why a seed that was to be played has none.
 
         Args:
             seeds: training seeds, int64 [K], on the policy's device.
@@ -109,22 +110,24 @@ class Evaluator:
             on_step: called before every environment step; what it raises ends the evaluation.
 
         Returns:
-            K lists in the order of episodes, and for seeds whose policy produced an action that
-            is not finite which one.
-        Raises:
-            EvaluationError: if an environment fails twice in one episode. The first time the
-                episode is played anew in a new environment, and counted in `retried`.
+            K lists in the order of episodes, and by place in the stack: which action was not
+            finite (the fault of the policy), or an error if an environment failed twice in one
+            episode. The first time the episode is played anew in a new environment, and counted
+            in `retried`. The other seeds go on.
         """
         self.retried = [0] * len(self.slots)
+        self._seeds = seeds.tolist()
         done: list[list[Episode]] = [[] for _ in self.slots]
-        failed: dict[int, str] = {}
+        failed: dict[int, str | EvaluationError] = {}
         waiting = [list(range(self.episodes))[::-1] if is_alive else [] for is_alive in alive]
         active: list[list[_Slot]] = [[] for _ in self.slots]
         for k, row in enumerate(self.slots):
-            for slot in row:
-                if waiting[k]:
+            active[k] = row[: len(waiting[k])]
+            try:
+                for slot in active[k]:
                     self._begin(k, slot, waiting[k].pop())
-                    active[k].append(slot)
+            except EvaluationError as error:
+                failed[k], active[k] = error, []
         while any(active):
             on_step()
             actions = self._act(policy, seeds, step, active)
@@ -133,14 +136,11 @@ class Evaluator:
                     failed[k] = f"action (environment step {slots[0].length})"
                     done[k], active[k] = [], []
                     continue
-                for slot, action in zip(slots, actions[k], strict=False):
-                    if self._play(k, slot, action):
-                        done[k].append(self._finished(slot))
-                        if waiting[k]:
-                            self._begin(k, slot, waiting[k].pop())
-                        else:
-                            slot.episode = -1
-                active[k] = [slot for slot in slots if slot.episode >= 0]
+                try:
+                    done[k] += self._round(k, slots, actions[k], waiting[k])
+                    active[k] = [slot for slot in slots if slot.episode >= 0]
+                except EvaluationError as error:
+                    failed[k], done[k], active[k] = error, [], []
         for episodes in done:
             episodes.sort(key=lambda item: item.episode)
         return done, failed
@@ -172,6 +172,20 @@ class Evaluator:
                 "[K, N, A]"
             )
         return actions
+
+    def _round(
+        self, k: int, slots: list[_Slot], actions: np.ndarray, waiting: list[int]
+    ) -> list[Episode]:
+        """Steps the environments of seed k once; the episodes that ended, whose slots go on."""
+        ended = []
+        for slot, action in zip(slots, actions, strict=False):
+            if self._play(k, slot, action):
+                ended.append(self._finished(slot))
+                if waiting:
+                    self._begin(k, slot, waiting.pop())
+                else:
+                    slot.episode = -1
+        return ended
 
     def _begin(self, k: int, slot: _Slot, episode: int) -> None:
         slot.episode, slot.again = episode, False
@@ -219,7 +233,7 @@ class Evaluator:
                 error = second
         name = slot.env.spec.id if slot.env.spec else slot.env
         raise EvaluationError(
-            f"{name} failed twice in episode {slot.episode} (env seed "
+            f"seed {self._seeds[k]}: {name} failed twice in episode {slot.episode} (env seed "
             f"{self.first_env_seed + slot.episode}) at step {slot.length}: "
             f"{type(error).__name__}: {error}"
         ) from error

@@ -33,7 +33,6 @@ from algorithms.blocks.layers import set_precision
 from algorithms.blocks.rng import RowRng, Stream
 from harness import provenance, storage
 from harness.artifacts import ArtifactStore
-from harness.plan import Stage
 from harness.policies import Loader, Trained, observations
 from harness.registry import Registry
 from harness.trainer import stack_states
@@ -204,7 +203,7 @@ def export(trained: Trained, loader: Loader, out: Path, format: str, rows: int =
         if format == "safetensors":
             about["inputs"] = about["inputs"][:1]  # it draws the others itself
             _write_weights(path, policy, example.read)
-            _write_needs(Path(name), trained.stage, loader)
+            _write_needs(Path(name), trained)
             about["sha256"] = _sha256(path)
             _write_json(path, about)
             again = load(Path(name), loader.registry)
@@ -318,10 +317,10 @@ def _write_weights(path: Path, policy: nn.Module, read: _TensorsRead) -> None:
     ArtifactStore.save_state(path.parent, state, path.name)
 
 
-def _write_needs(folder: Path, stage: Stage, loader: Loader) -> None:
+def _write_needs(folder: Path, trained: Trained) -> None:
     """The states of the stages that the learner is built from, such as a teacher."""
-    store = storage.artifacts(loader.home)
-    for need, stage_id in stage.needs.items():
+    store = storage.artifacts(trained.home)
+    for need, stage_id in trained.stage.needs.items():
         state = stack_states([store.load_state(stage_id)])  # as the learner was given it
         ArtifactStore.save_state(folder, state, _need_file(need))
 

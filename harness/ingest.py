@@ -16,7 +16,7 @@ from harness import datasets, spool, storage
 from harness.home import Home
 from harness.provenance import utc_now
 from harness.spec import TrialSpec
-from results.records import DatasetRecord, Record, RunRecord, TrialRecord
+from results.records import ArtifactRecord, DatasetRecord, Record, RunRecord, TrialRecord
 from results.store import MissingParentError, Store
 
 
@@ -70,6 +70,7 @@ class Ingester:
         self._offsets: dict[Path, int] = {}
         self._seen: dict[str, set[str]] = {}  # stage id -> names in the storage
         self._foreign: set[str] = set()  # runs of trials that the database does not know
+        self._shared: set[str] = set()  # stages whose spools have rows of such runs
 
     def register(self, trials: Iterable[TrialSpec]) -> None:
         """Makes sure that trials and their datasets are in the database."""
@@ -88,9 +89,13 @@ class Ingester:
             return self._file(self.home.spool(stage_id))
         count, seen = 0, self._seen.setdefault(stage_id, set())
         for name, lines in storage.new_rows(self.storage, stage_id, seen):
-            count += self._append(spool.parse(lines, f"{self.storage.url}: {name}"))
+            count += self._append(stage_id, spool.parse(lines, f"{self.storage.url}: {name}"))
             seen.add(name)
         return count
+
+    def has_all(self, stage_id: str) -> bool:
+        """Whether the database has every run of what was read of a stage's spool."""
+        return stage_id not in self._shared
 
     def leftovers(self) -> int:
         """Rows that an earlier driver did not get to read, from all spools.
@@ -116,15 +121,16 @@ class Ingester:
     def _file(self, path: Path) -> int:
         start = self._offsets.get(path, 0)
         records, end = spool.read_from(path, start)
-        count = self._append(records) if records else 0
+        count = self._append(path.parent.name, records) if records else 0
         self._offsets[path] = end
         return count
 
-    def _append(self, records: list[Record]) -> int:
+    def _append(self, stage_id: str, records: list[Record]) -> int:
         """Appends what belongs to trials that the database knows.
 
         One training may serve trials of several experiments (another evaluation of the same
         policy), and `harness work` registers none: those of the others wait for their own sweep.
+        An artifact may come from a run in another database; it is there without a row, too.
         """
         try:
             return self.store.append(records)
@@ -133,6 +139,15 @@ class Ingester:
             known = set(self.store.trials(set(runs.values()))["trial_id"])
             self._foreign |= {run for run, trial in runs.items() if trial not in known}
             kept = [row for row in records if getattr(row, "run_id", None) not in self._foreign]
+            if len(kept) < len(records):
+                self._shared.add(stage_id)
+            made = {row.run_id for row in kept if isinstance(row, ArtifactRecord)} - runs.keys()
+            unknown = made - {None, *self.store.runs()["run_id"]} if made else set()
+            kept = [
+                row
+                for row in kept
+                if not (isinstance(row, ArtifactRecord) and row.run_id in unknown)
+            ]
             if len(kept) == len(records):
                 raise
             return self.store.append(kept)

@@ -91,7 +91,7 @@ def compare(
         grid: points of a side of the map over (observation, action), for one dimension of each.
         report: told of the detector, its steps done and all of them.
     Raises:
-        ValueError: for an unknown detector or too few episodes.
+        ValueError: for an unknown detector, too few episodes or a name of `actions` that is taken.
     """
     known = detectors(config)
     chosen = list(names) or list(known)
@@ -104,6 +104,12 @@ def compare(
     rng = Rng(_seeds(seeds, on), torch.zeros(len(seeds), dtype=torch.int64, device=on), Stream.TEST)
     batch = Rows(dataset, held_out).transitions(rng, count)
     compared = _others(dataset.spec, batch, rng)
+    taken = sorted(compared.keys() & (actions or {}).keys())
+    if taken:
+        raise ValueError(
+            f"actions of a policy called {taken[0]!r}: that is the name of a built-in comparison "
+            f"({', '.join(compared)}). Give the algorithm another label, and draw its actions again"
+        )
     for name, pair in (actions or {}).items():
         obs, action = (torch.tensor(x, dtype=torch.float32, device=on) for x in pair)
         compared[name] = obs.expand(len(seeds), -1, -1), action.expand(len(seeds), -1, -1)

@@ -226,6 +226,26 @@ class Plan:
             for trial in planned[stage_id].trials
         }
 
+    @functools.cached_property
+    def needed_by(self) -> dict[str, tuple[Stage, ...]]:
+        """Stage id -> the planned last stages of trials that cannot be finished without it."""
+        found: dict[str, dict[str, Stage]] = {}
+        planned = [stage for stack in self.stacks for stage in stack.stages]
+        for stage in reversed(planned):  # dependency order: what needs it was seen before
+            ends = found.get(stage.id, {}) | ({stage.id: stage} if stage.trials else {})
+            for need in stage.needs.values():
+                found.setdefault(need, {}).update(ends)
+        return {stage_id: tuple(ends.values()) for stage_id, ends in found.items()}
+
+    def made_since(self, stack: Stack, artifacts: ArtifactStore) -> bool:
+        """Whether all stages of a stack were made after planning, by whomever."""
+        ids = (stage.id for stage in stack.stages)
+        return all(stage_id not in self.cached and artifacts.has(stage_id) for stage_id in ids)
+
+    def waiting_for(self, stack: Stack) -> dict[str, tuple[Stage, ...]]:
+        """What `needed_by` says of the stages of one stack."""
+        return {stage.id: self.needed_by.get(stage.id, ()) for stage in stack.stages}
+
     def seconds(self, rates: Mapping[str, float], concurrent: int = 1) -> float | None:
         """Estimated seconds of training left; None if an algorithm's rate is unknown.
 
@@ -599,7 +619,7 @@ def parted(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
 
 def plan_tables(plan: Mapping[str, Any]) -> list[Any]:
     """What `Plan.describe` returned, as rich renderables for a terminal."""
-    from rich.markup import escape
+    from rich.text import Text
 
     counts = plan["counts"]
     settings = _folding_table("algorithm", "dataset", "relation", "settings", "trials", "done")
@@ -613,18 +633,18 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Any]:
             dataset += f" for {row['requested']}"
         block, _, source = row["hparams"].partition(" (")
         cells = (algorithm, dataset, row["relation"], block, str(row["trials"]), str(row["done"]))
-        settings.add_row(*map(escape, cells))
+        settings.add_row(*map(Text, cells))
         if source:
             notes[f"table of {row['algorithm']}, {block}: {source.removesuffix(')')}"] = None
         if row["note"]:
             notes[f"{dataset}: {row['note']}"] = None
-    found: list[Any] = [settings, *map(escape, [*notes, *_changes(plan["settings"])])]
+    found: list[Any] = [settings, *map(Text, [*notes, *_changes(plan["settings"])])]
     if plan["stacks"]:
         stacks = _folding_table(
             "stage", "dataset", "seeds, stack by stack", "steps", "memory", "estimate"
         )
         for rows in _alike(plan["stacks"]):
-            stacks.add_row(*map(escape, _stack_cells(rows)))
+            stacks.add_row(*map(Text, _stack_cells(rows)))
         found.append(stacks)
     estimate = f", about {duration(plan['seconds'])}" if plan["stacks"] else ""
     if plan["stacks"] and plan["seconds"] is None:
@@ -734,6 +754,13 @@ def duration(seconds: float | None) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def is_done(stack: Stack, store: Any) -> bool:
+    """Whether the database has the end of all trials that end with a stack; not if none does."""
+    ids = [trial.id for stage in stack.stages for trial in stage.trials]
+    runs = store.statuses(ids) if ids else {}
+    return bool(ids) and all(i in runs and runs[i].status == "done" for i in ids)
 
 
 def measured_rates(store: Any, device: str | None = None) -> dict[str, float]:

@@ -32,11 +32,12 @@ SPEC_SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished trial whose policy is in the home folder."""
+    """A finished trial whose policy is in the home folder, or in the storage."""
 
     trial: TrialSpec
     stage: Stage  # the trial's last one, whose artifact the policy is
     run_id: str
+    home: Home  # where the artifact is
 
     @property
     def title(self) -> str:
@@ -60,7 +61,7 @@ def split(
         elif not artifacts.has(stage.id):
             left_out[trial.id] = "done, but its artifact is not in this home folder"
         else:
-            trained.append(Trained(trial, stage, run.run_id))
+            trained.append(Trained(trial, stage, run.run_id, home))
     return trained, left_out
 
 
@@ -81,6 +82,7 @@ def named(
     Args:
         words: experiment files (*.yaml), beginnings of run or trial ids, and `key=value`, which
             overrides the experiments.
+        home: where ids are looked up; an experiment may name a storage of its own.
         partial: leave out trials without a trained policy instead of refusing.
     Raises:
         ValueError: if a word names nothing or several trials, or a trial has no trained policy.
@@ -94,16 +96,22 @@ def named(
             "(my.yaml), which overrides such as seeds=0 belong to, or ids of runs or trials"
         )
     trials: dict[str, TrialSpec] = {}
+    trained: dict[str, Trained] = {}
+    left_out: dict[str, str] = {}
     for name in names:
         if name in specs:
-            found: Iterable[TrialSpec] = load_experiment(Path(name), overrides, registry).trials
+            experiment = load_experiment(Path(name), overrides, registry)
+            found, where = list(experiment.trials), home.shared(experiment.run.storage)
         else:
-            found = [_by_id(name, store)]
+            found, where = [_by_id(name, store)], home
+        here, others = split(found, store, where, registry)
         trials |= {trial.id: trial for trial in found}
-    trained, left_out = split(trials.values(), store, home, registry)
+        trained |= {each.trial.id: each for each in here}
+        left_out |= others
+    left_out = {trial_id: why for trial_id, why in left_out.items() if trial_id not in trained}
     if not trained or (left_out and not partial):
         raise ValueError(refusal(list(trials.values()), left_out))
-    return trained, left_out
+    return list(trained.values()), left_out
 
 
 def _by_id(name: str, store: Store) -> TrialSpec:
@@ -147,8 +155,8 @@ def _by_id(name: str, store: Store) -> TrialSpec:
 class Loader:
     """Loads trained policies onto one device; trials that share a dataset share its tensors."""
 
-    def __init__(self, home: Home, registry: Registry, device: torch.device) -> None:
-        self.home, self.registry, self.device = home, registry, device
+    def __init__(self, registry: Registry, device: torch.device) -> None:
+        self.registry, self.device = registry, device
         self._datasets: dict[str, Any] = {}
 
     def load(self, trained: Trained) -> tuple[Trainer, Any]:
@@ -159,7 +167,8 @@ class Loader:
             ArtifactError: if the artifact is damaged.
         """
         dataset = self.data(trained.stage)
-        return load_trained(trained.stage, dataset, self.home, self.registry, self.device), dataset
+        home, registry = trained.home, self.registry
+        return load_trained(trained.stage, dataset, home, registry, self.device), dataset
 
     def data(self, stage: Stage, held_out: bool = False) -> Any:
         """The data a stage learns from, or those held out from it.

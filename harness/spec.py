@@ -408,15 +408,18 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
             are tags that would make Python objects.
     """
     path = Path(path)
+    return _parse_yaml(_read_text(path), path.name)
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise SpecError(f"{path} is a folder; expected a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read as text: {error}") from error
-    return _parse_yaml(text, path.name)
 
 
 def _parse_yaml(text: str, place: str) -> Any:
@@ -432,6 +435,25 @@ def _parse_yaml(text: str, place: str) -> Any:
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except (YAMLError, OmegaConfBaseException, RecursionError, OSError) as error:
         raise SpecError(f"{place}: not valid YAML: {_one_line(error)}") from error
+
+
+def _as_written(value: Any, text: str) -> Any:
+    """The seeds that `seeds: ...` in a text gives, those that YAML reads as another number as text.
+
+    YAML 1.1 has octal 010 (8), 0x10, 1_000 and, in base 60, 1:30.
+
+    Args:
+        value: what YAML made of them.
+    """
+    import yaml
+
+    def compared(value: Any, text: Any) -> Any:
+        if isinstance(value, list) and isinstance(text, list):
+            return [compared(*pair) for pair in zip(value, text, strict=True)]
+        is_number = isinstance(value, int) and not isinstance(value, bool)
+        return text if is_number and isinstance(text, str) and str(value) != text else value
+
+    return compared(value, yaml.load(text, yaml.BaseLoader).get("seeds"))
 
 
 def _one_line(error: Exception) -> str:
@@ -463,7 +485,10 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
     value = _parse_yaml(f"value: {raw}", f"{COMMAND_LINE}{text!r}")
     if not isinstance(value, dict) or list(value) != ["value"]:
         raise SpecError(f"{COMMAND_LINE}{text!r}: cannot read the value {raw!r}")
-    return _split_key(key, text), value["value"]
+    parts = _split_key(key, text)
+    if parts[0] == "seeds":
+        return parts, _as_written(value["value"], f"seeds: {raw}")
+    return parts, value["value"]
 
 
 def _split_key(key: str, text: str) -> list[str]:
@@ -549,13 +574,16 @@ class _Document:
 
     def __init__(self, path: Path, overrides: Sequence[str]) -> None:
         self.file = f"{path.name}: "
-        read = read_yaml(path)
+        text = _read_text(path)
+        read = _parse_yaml(text, path.name)
         if read in (None, {}):
             raise SpecError(
                 f"{path.name} is empty; an experiment needs name, algorithms, datasets and seeds"
             )
         content = expect_mapping(read, path.name)
         refuse_unknown(content, _TOP_KEYS, self.file)
+        if "seeds" in content:
+            self._refuse_ambiguous(content["seeds"], text)
         if "algorithms" in content:
             content["algorithms"] = _algorithm_blocks(
                 content["algorithms"], f"{self.file}algorithms"
@@ -566,9 +594,19 @@ class _Document:
         for text in overrides:
             parts, value = _parse_override(text)
             self._override(content, parts, value, text)
-        self.content = _resolved(content, path.name)
+        # Together, so that what the command line says can refer to what the file says.
+        overridden = COMMAND_LINE.rstrip(": ")
+        self.content = _resolved({**content, overridden: self.last}, path.name)
+        self.last = self.content.pop(overridden)
         self.labels |= set(self.content.get("algorithms") or {})
-        self.last = _resolved(self.last, COMMAND_LINE.rstrip(": "))
+
+    def _refuse_ambiguous(self, seeds: Any, text: str) -> None:
+        written = _as_written(seeds, text)
+        if written != seeds:
+            raise SpecError(
+                f"{self.file}seeds: YAML reads {written!r} as {seeds!r}: it has octal (010), "
+                "hexadecimal and base-60 numbers. Write plain decimal ones, such as 10"
+            )
 
     def _override(self, content: dict[str, Any], parts: list[str], value: Any, text: str) -> None:
         top = parts[0]

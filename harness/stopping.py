@@ -38,6 +38,21 @@ def interruptible(on_interrupt: Callable[[], None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Within the block every signal of `STOPPING` is a KeyboardInterrupt, as Ctrl-C is anyway.
+
+    For what comes before and after a block that is `interruptible`: a scheduler's notice would end
+    the process there with a code that nobody takes for an interruption.
+    """
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with interruptible(interrupt):
+        yield
+
+
+@contextlib.contextmanager
 def stop_on_signals(stop_file: Path) -> Iterator[Path]:
     """A file that appears with the first signal and is gone after the block."""
     stop_file.parent.mkdir(parents=True, exist_ok=True)

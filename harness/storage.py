@@ -32,6 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 
 from harness import plan
@@ -50,6 +51,7 @@ ROWS_EVERY_S = 10.0
 
 _HOPELESS = (PermissionError, NotImplementedError, TypeError, ValueError, ImportError)
 WORK = "work"
+LOCK = "lock"
 _PART = ".part-"
 _ROWS = re.compile(r"(?P<claim>\d{6}-[0-9a-f]{16})-\d{6}-(?P<sha256>[0-9a-f]{64})")
 
@@ -342,6 +344,28 @@ def checkpoints(home: Home, stage_id: str) -> ArtifactStore:
 # ------------------------------------------------------------------------------------- workers
 
 
+@contextlib.contextmanager
+def locked(folder: Path, timeout_s: float) -> Iterator[None]:
+    """Keeps other processes that see a stage's work folder out of it, within the block.
+
+    Raises:
+        StackBusyError: if one is still in it after so many seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(folder / LOCK))
+    try:
+        lock.acquire(timeout=timeout_s)
+    except Timeout as error:
+        raise StackBusyError(
+            f"another process is working in {folder}. If no sweep is running there, the process "
+            "that holds the lock is still ending; the same command later continues"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Hold:
     """A process's right to the rows and checkpoints of stages; nothing where homes are shared.
 
@@ -404,8 +428,7 @@ class Hold:
             self._push_rows(self.storage, stage_id)
 
     def _push_rows(self, storage: Storage, stage_id: str) -> None:
-        spool = self.home.spool(stage_id)
-        data = spool.read_bytes()[self._pushed[stage_id] :] if spool.exists() else b""
+        data = _whole_lines(self.home.spool(stage_id))[self._pushed[stage_id] :]
         if data:
             self._check(storage, stage_id)
             digest = hashlib.sha256(data).hexdigest()
@@ -499,7 +522,7 @@ class Hold:
             storage.read_rows(f"{_rows(stage_id)}/{name}")
             for name in storage.names(_rows(stage_id))
         )
-        here = spool.read_bytes() if spool.exists() else b""
+        here = _whole_lines(spool)
         self._pushed[stage_id] = len(rows)
         if rows and here != rows:
             spool.parent.mkdir(parents=True, exist_ok=True)
@@ -509,6 +532,12 @@ class Hold:
         elif here and not rows:
             self._push_rows(storage, stage_id)
             self.push_checkpoints(stage_id, ArtifactStore(folder).ids())
+
+
+def _whole_lines(spool: Path) -> bytes:
+    """A spool without the half of a line that a killed writer left, which nobody acknowledged."""
+    data = spool.read_bytes() if spool.exists() else b""
+    return data[: data.rfind(b"\n") + 1]
 
 
 def _work(stage_id: str) -> str:
@@ -547,12 +576,34 @@ def checkpoint_steps(home: Home) -> Callable[[str], list[int]]:
     return lambda i: [int(name) for name in checkpoints(home, i).ids()] if i in begun else []
 
 
-def forget(home: Home, stage_id: str) -> None:
-    """Removes a stage's work, here and in the storage."""
-    shutil.rmtree(home.stage(stage_id), ignore_errors=True)
-    storage = of(home)
-    if storage is not None:
-        storage.remove(_work(stage_id))
+def forget(home: Home, stage_id: str) -> bool:
+    """Removes a stage's work, here and in the storage, unless a process is at it; whether it did.
+
+    The lock stays: a process that waits for a file that is gone would wait for nothing, and the
+    next one would not see it.
+    """
+    folder, storage = home.stage(stage_id), of(home)
+    here: contextlib.AbstractContextManager[None] = (
+        locked(folder, 0.0) if folder.is_dir() else contextlib.nullcontext()
+    )
+    with contextlib.suppress(StackBusyError), here:
+        if storage is not None:
+            if _is_held(storage, stage_id):
+                return False
+            storage.remove(_work(stage_id))
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK:
+                path.unlink(missing_ok=True)
+        return True
+    return False
+
+
+def _is_held(storage: Storage, stage_id: str) -> bool:
+    """Whether the process that claimed a stage last has not ended, as far as it can be told."""
+    last = (storage.names(_claims(stage_id)) or [""])[-1]
+    return bool(last) and storage.exists(f"alive/{last.partition('-')[2]}")
 
 
 def ask_to_stop(home: Home, sweep: str) -> None:

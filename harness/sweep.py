@@ -16,10 +16,10 @@ from pathlib import Path
 
 from harness import storage, watchdog
 from harness.display import Display
-from harness.failures import EngineError, classify, kernel_oom_kills, with_end
+from harness.failures import EngineError, classify, kernel_oom_kills, telling_line, with_end
 from harness.home import Home
 from harness.ingest import Ingester
-from harness.plan import Plan, Stack, balanced, make_plan, seed_ranges
+from harness.plan import Plan, Stack, Stage, balanced, is_done, make_plan, seed_ranges
 from harness.preflight import Probe, check, refuse
 from harness.provenance import utc_now
 from harness.registry import Registry
@@ -98,19 +98,32 @@ class Queue:
         for stack in self._ready():
             if self.busy_until.get(stack.id, 0.0) > now:
                 continue
-            if stack.id in self.busy_until and self._done_elsewhere(stack):
+            if self._done_elsewhere(stack):
                 self.finished_stages.update(stage.id for stage in stack.stages)
                 self.display.end(stack.id, f"{title(stack)}: done by the other sweep")
                 continue
             self.running[stack.id] = stack
-            return Job(stack, self.experiment.run, self.home, self.attempts, self.stop_file)
+            return Job(
+                stack,
+                self.experiment.run,
+                self.home,
+                self.attempts,
+                self.stop_file,
+                self.plan.waiting_for(stack),
+            )
         return None
 
     def _done_elsewhere(self, stack: Stack) -> bool:
-        """Whether the database has what another sweep was at; its work folder may be gone."""
-        ids = [trial.id for stage in stack.stages for trial in stage.trials]
-        runs = self.ingester.store.statuses(ids) if ids else {}
-        return bool(ids) and all(i in runs and runs[i].status == "done" for i in ids)
+        """Whether another sweep has finished a stack since it was planned.
+
+        Its rows are in the database or in the spool: a driver takes them in before it cleans up.
+        """
+        artifacts = storage.artifacts(self.home)
+        if stack.id not in self.busy_until and not self.plan.made_since(stack, artifacts):
+            return False
+        for stage in stack.stages:
+            self.ingester.stage(stage.id)
+        return is_done(stack, self.ingester.store)
 
     def exhausted(self) -> bool:
         """No stack is running and none can become ready."""
@@ -140,7 +153,8 @@ class Queue:
             self.busy_until[stack.id] = time.monotonic() + BUSY_RETRY_S
             return
         self.completed_stacks += 1
-        done, bad, artifacts = [], [], storage.artifacts(self.home)
+        done, artifacts = [], storage.artifacts(self.home)
+        bad: dict[str, list[int | None]] = {}  # failed or diverged -> seeds
         for stage in stack.stages:
             if outcome == "failed":
                 self._record_failure(stage.id, error, "error")
@@ -149,15 +163,26 @@ class Queue:
                 self.finished_stages.add(stage.id)
                 done.append(stage)
             elif outcome != "interrupted":
-                self.failed_stages[stage.id] = error or outcome
-                bad.append(stage)
+                how, why = self._end_of(stage)
+                self.failed_stages[stage.id] = error or why
+                bad.setdefault(how, []).append(stage.seed)
         text = f"{title(stack)}: {outcome}"
         if outcome == "failed":
             text = f"[red]{text}[/red] {error}"
         elif bad and done:
-            text += f", but seeds {[stage.seed for stage in bad]} diverged"
+            text += ", but " + " and ".join(f"seeds {seeds} {how}" for how, seeds in bad.items())
         self.display.end(stack.id, text)
-        clean_up(self.home, (stage.id for stage in done))
+        # What belongs to other experiments waits for their sweeps.
+        clean_up(self.home, (stage.id for stage in done if self.ingester.has_all(stage.id)))
+
+    def _end_of(self, stage: Stage) -> tuple[str, str]:
+        """How a stage of a stack that went on ended without an artifact, and why.
+
+        One whose policy is not evaluated has no run, and can only diverge.
+        """
+        runs = self.ingester.store.statuses([trial.id for trial in stage.trials])
+        errors = [run.error or "" for run in runs.values() if run.status == "failed"]
+        return ("failed", telling_line(errors[0])) if errors else ("diverged", "diverged")
 
     def failed(self, job: Job, error: str) -> None:
         stack = self.running.pop(job.stack.id)
@@ -442,25 +467,23 @@ def prepare_attempts(
     """The attempt each trial's rows belong to.
 
     What was not finished continues its run. A diverged trial that is to be retried starts a new
-    attempt from step 0, so its old checkpoints and rows are set aside.
+    attempt from step 0, so its old checkpoints and rows are set aside, and the checkpoints of
+    stages that it needs and that were not finished: one of those may be what diverged.
     """
     statuses = store.statuses([trial.id for trial in trials])
     attempts = {trial_id: run.attempt for trial_id, run in statuses.items()}
-    if "diverged" in retry:
-        for stack in plan.stacks:
-            for stage in stack.stages:
-                again = [
-                    trial.id
-                    for trial in stage.trials
-                    if trial.id in statuses and statuses[trial.id].status == "diverged"
-                ]
-                for trial_id in again:
-                    attempts[trial_id] += 1
-                if again:
-                    kept = storage.checkpoints(home, stage.id)
-                    for name in kept.ids():
-                        kept.remove(name)
-                    shutil.rmtree(home.checkpoints(stage.id), ignore_errors=True)
+    if "diverged" not in retry:
+        return attempts
+    diverged = {trial_id for trial_id, run in statuses.items() if run.status == "diverged"}
+    for stage in (stage for stack in plan.stacks for stage in stack.stages):
+        for trial in stage.trials:
+            attempts[trial.id] = attempts.get(trial.id, 1) + (trial.id in diverged)
+        ends = (stage, *plan.needed_by.get(stage.id, ()))
+        if any(trial.id in diverged for end in ends for trial in end.trials):
+            kept = storage.checkpoints(home, stage.id)
+            for name in kept.ids():
+                kept.remove(name)
+            shutil.rmtree(home.checkpoints(stage.id), ignore_errors=True)
     return attempts
 
 

@@ -49,7 +49,7 @@ class Chunk:
     """What `Trainer.advance` saw: means over the chunk's steps, read from the device once."""
 
     step: int
-    metrics: dict[str, list[float]]  # name -> one mean per seed
+    metrics: dict[str, list[float]]  # name -> one mean per seed; nan: it had no such step
     diverged: dict[int, Divergence]  # seed index -> where, for seeds not finite in this chunk
     num_steps: int
     seconds: float
@@ -220,13 +220,13 @@ class Trainer:
                 sums[phase].add(names, values, self.step)
         self._sums = {}
         rows = tuple(name for each in sums.values() for name in each.names)
-        means = torch.cat([each.total / each.count for each in sums.values()]).cpu()
+        totals = torch.cat([each.total for each in sums.values()]).cpu()
         bad = torch.cat([each.first_bad for each in sums.values()]).cpu()
         finite = torch.cat([each.finite for each in sums.values()]).cpu()
-        weights = torch.tensor([each.count for each in sums.values() for _ in each.names])
+        counts = torch.stack([each.steps for each in sums.values() for _ in each.names])
         return Chunk(
             step=self._steps_done,
-            metrics=_mean_by_name(rows, means, weights),
+            metrics=_mean_by_name(rows, totals, counts),
             diverged=_first_divergence(rows, bad, finite, limits),
             num_steps=num_steps,
             seconds=time.perf_counter() - started,
@@ -297,21 +297,32 @@ def stack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass
 class _Sums:
-    """What the steps of one phase add up to within a chunk."""
+    """What the steps of one phase add up to within a chunk.
+
+    Seeds that were joined from several stacks may have opened the chunk at different steps.
+    """
 
     names: tuple[str, ...]
     total: Tensor  # [M, K]
     first_bad: Tensor  # [M, K], the first step that was not finite or above its limit, or -1
     finite: Tensor  # bool [M, K], whether it was finite in that step
     limit: Tensor  # [M, 1], infinite where there is none
-    count: int = 0
+    before: Tensor  # int64 [K], steps added before the seeds came here; on the CPU
+    count: int = 0  # steps added since
 
     @classmethod
     def of(cls, names: tuple[str, ...], values: Tensor, limits: Mapping[str, float]) -> _Sums:
         zeros = torch.zeros_like(values, dtype=torch.float64)
         none = torch.full_like(values, -1, dtype=torch.int64)
         limit = values.new_tensor([[limits.get(name, math.inf)] for name in names])
-        return cls(names, zeros, none, torch.zeros_like(values, dtype=torch.bool), limit)
+        finite = torch.zeros_like(values, dtype=torch.bool)
+        before = torch.zeros(values.shape[1], dtype=torch.int64)
+        return cls(names, zeros, none, finite, limit, before)
+
+    @property
+    def steps(self) -> Tensor:
+        """Steps added up for each seed, int64 [K]."""
+        return self.before + self.count
 
     def add(self, names: tuple[str, ...], values: Tensor, step: Tensor) -> None:
         if names != self.names:  # read from a checkpoint, which keeps no order
@@ -328,7 +339,7 @@ class _Sums:
     def of_seed(self, index: int) -> dict[str, Tensor]:
         """One seed's sums by metric, each [1, 4]: total, first bad step, whether finite, count."""
         columns = (self.total, self.first_bad.double(), self.finite.double())
-        count = torch.full_like(self.total[:, index], self.count)
+        count = torch.full_like(self.total[:, index], float(self.steps[index]))
         values = torch.stack((*(column[:, index] for column in columns), count), dim=1)
         return {name: row.unsqueeze(0) for name, row in zip(self.names, values.cpu(), strict=True)}
 
@@ -336,32 +347,35 @@ class _Sums:
 def _open_sums(
     states: Sequence[Mapping[str, Tensor]], device: torch.device, limits: Mapping[str, float]
 ) -> dict[tuple[int, ...], _Sums]:
-    """The open chunk that states were taken in, by phase; empty between chunks."""
+    """The open chunks that states were taken in, by phase; empty where all are between chunks."""
+    nothing = torch.tensor([[0.0, -1.0, 0.0, 0.0]], dtype=torch.float64)  # as `of_seed`
     found: dict[tuple[int, ...], dict[str, Tensor]] = {}
-    for key in states[0]:
-        if key.startswith(OPEN_KEY):
-            numbers, name = key.removeprefix(OPEN_KEY + "/").split("/", 1)
-            values = torch.cat([state[key] for state in states]).to(device)  # [K, 4]
-            at = tuple(int(number) for number in numbers.split(",") if number)
-            found.setdefault(at, {})[name] = values
+    for key in dict.fromkeys(key for state in states for key in state if key.startswith(OPEN_KEY)):
+        numbers, name = key.removeprefix(OPEN_KEY + "/").split("/", 1)
+        values = torch.cat([state.get(key, nothing) for state in states]).to(device)  # [K, 4]
+        at = tuple(int(number) for number in numbers.split(",") if number)
+        found.setdefault(at, {})[name] = values
     sums = {}
     for phase, metrics in found.items():
         columns = torch.stack(list(metrics.values())).unbind(dim=-1)  # each [M, K]
         total, first_bad, finite, count = columns
         opened = _Sums.of(tuple(metrics), total.float(), limits)
         opened.total, opened.first_bad, opened.finite = total, first_bad.long(), finite.bool()
-        opened.count = int(count[0, 0])
+        opened.before = count[0].long().cpu()  # the same for all metrics of a phase
         sums[phase] = opened
     return sums
 
 
-def _mean_by_name(rows: tuple[str, ...], means: Tensor, weights: Tensor) -> dict[str, list[float]]:
-    """Means over the steps that had the metric; phases that share one are joined by weight."""
+def _mean_by_name(rows: tuple[str, ...], totals: Tensor, counts: Tensor) -> dict[str, list[float]]:
+    """Means over the steps that had the metric, of all phases that share it; nan without any.
+
+    Args:
+        totals, counts: [M, K], sums and how many steps are in them.
+    """
     found: dict[str, list[float]] = {}
     for name in dict.fromkeys(rows):
         at = [i for i, row in enumerate(rows) if row == name]
-        share = weights[at] / weights[at].sum()
-        found[name] = (means[at] * share.double().unsqueeze(1)).sum(dim=0).tolist()
+        found[name] = (totals[at].sum(dim=0) / counts[at].sum(dim=0)).tolist()
     return found
 
 

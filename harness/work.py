@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness import storage
 from harness.home import Home
-from harness.plan import Stack, make_plan, parted, unmeasured_stack
+from harness.plan import Stack, is_done, make_plan, parted, unmeasured_stack
 from harness.preflight import Probe, check, refuse
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
@@ -90,6 +90,7 @@ def work(
     ended: Callable[[Stack, str], None],
     stop_file: Path,
     registry: Registry | None = None,
+    planned: Callable[[int], None] = lambda stacks: None,
 ) -> Done:
     """Runs what is left of an experiment, one stack after the other.
 
@@ -99,6 +100,7 @@ def work(
         ended: told how a stack ended.
         stop_file: when it appears, the stack in progress writes a checkpoint and nothing more is
             started.
+        planned: told how many stacks are left, before the first.
     """
     home = home.shared(experiment.run.storage)
     artifacts = storage.artifacts(home)
@@ -113,6 +115,7 @@ def work(
         checkpoints=storage.checkpoint_steps(home),
     )
     refuse(check(plan, None, home, probe))
+    planned(len(plan.stacks))
     ids = [trial.id for trial in experiment.trials]
     runs = store.statuses(ids) if store is not None else {}
     attempts = {trial_id: run.attempt for trial_id, run in runs.items()}
@@ -122,7 +125,12 @@ def work(
     while ready := plan.ready(finished, failed=failed):
         busy = 0
         for stack in ready:
-            job = Job(stack, experiment.run, home, attempts, stop_file)
+            if store is not None and plan.made_since(stack, artifacts) and is_done(stack, store):
+                finished.update(stage.id for stage in stack.stages)
+                ended(stack, "done by another process")
+                continue
+            waiting = plan.waiting_for(stack)
+            job = Job(stack, experiment.run, home, attempts, stop_file, waiting)
             try:
                 outcome = run_stack(job, functools.partial(report, stack))
             except StackBusyError:
@@ -139,7 +147,7 @@ def work(
                 if artifacts.has(stage.id):
                     finished.add(stage.id)
                 else:
-                    failed[stage.id] = "diverged"
+                    failed[stage.id] = "diverged, or its environment failed: see its run"
             ended(stack, outcome)
         if busy == len(ready):  # others are at it: wait for what they make
             time.sleep(BUSY_WAIT_S)

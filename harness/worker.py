@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from algorithms.api import DatasetSpec, Make, Recipe, StageInput, Train
 from algorithms.blocks.layers import set_precision
 from algorithms.blocks.rng import Rng, Stream
 from harness import datasets, environments, provenance, storage
 from harness.artifacts import ArtifactStore
-from harness.evaluate import Evaluator
+from harness.evaluate import EvaluationError, Evaluator
+from harness.failures import with_end
 from harness.home import Home
 from harness.memory import forget_the_last_stack
 from harness.plan import (
@@ -72,6 +72,12 @@ class Job:
     home: Home
     attempts: Mapping[str, int]  # trial id -> the attempt these rows belong to
     stop_file: Path | None = None  # appears when the user asks the sweep to stop, and names it
+    needed_by: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)  # see `Plan`
+
+    @property
+    def sweep(self) -> str:
+        """Names the sweep; empty outside of one."""
+        return self.stop_file.name if self.stop_file is not None else ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,9 @@ def run_stack(
 ) -> str:
     """Runs a stack to its end and returns "done", "interrupted" or "diverged" (every seed).
 
+    A seed that diverges, or whose environment fails twice in one episode, ends by itself: its run
+    says so, and the others go on. Trials that need a stage which diverged have diverged with it.
+
     What a killed worker left is looked at here, not only when planning: seeds that ended are
     left alone, seeds that were trained but not called done are evaluated, and the others
     continue from the newest checkpoint they have in common.
@@ -108,15 +117,15 @@ def run_stack(
         StackBusyError: if another process holds one of the seeds, or took it over.
         StorageError: if the storage that nodes have in common cannot be used.
         DatasetError: if the data are missing or are not those that were planned.
-        Exception: whatever the algorithm or an environment raises, after the affected runs have
-            been spooled as failed with the traceback.
+        EvaluationError: if no seed is left, and an environment failed that of the last one.
+        Exception: whatever the algorithm raises, after the affected runs have been spooled as
+            failed with the traceback.
     """
     if _should_stop(job):
         return "interrupted"  # it was waiting for resources when the user stopped the sweep
     forget_the_last_stack()
     job = replace(job, home=job.home.on_this_node())
-    sweep = job.stop_file.name if job.stop_file is not None else ""
-    hold = Hold(job.home, [stage.id for stage in job.stack.stages], sweep)
+    hold = Hold(job.home, [stage.id for stage in job.stack.stages], job.sweep)
     with ExitStack() as locks:
         for stage in job.stack.stages:
             locks.enter_context(_locked(job.home.stage(stage.id)))
@@ -174,10 +183,15 @@ def _last_runs(job: Job, stage: Stage) -> dict[str, RunRecord]:
 
 
 def _has_ended(job: Job, stage: Stage) -> bool:
-    """Whether nothing is left to do for a stage: its runs are done or diverged."""
+    """Whether nothing is left to do for a stage.
+
+    One that other stages need is published; the runs of a last one are done or diverged.
+    """
+    if not stage.trials:
+        return storage.artifacts(job.home).has(stage.id)
     last = _last_runs(job, stage)
     ended = [record for record in last.values() if record.status in FINISHED]
-    return bool(stage.trials) and len(ended) == len(stage.trials)
+    return len(ended) == len(stage.trials)
 
 
 def _is_trained(job: Job, stage: Stage) -> bool:
@@ -194,16 +208,8 @@ def _is_trained(job: Job, stage: Stage) -> bool:
     )
 
 
-def _locked(folder: Path) -> Any:
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(folder / "lock"))
-    try:
-        return lock.acquire(timeout=LOCK_WAIT_S)
-    except Timeout as error:
-        raise StackBusyError(
-            f"another process is working in {folder}. If no sweep is running there, the process "
-            "that holds the lock is still ending; the same command later continues"
-        ) from error
+def _locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return storage.locked(folder, LOCK_WAIT_S)
 
 
 def declared_stage(recipe: Recipe, stage: Stage) -> Train | Make:
@@ -443,11 +449,11 @@ class _TrainingRun:
 
     def _begin_runs(self) -> list[dict[str, RunRecord]]:
         """The current record of every trial's run, by trial id, for each stage."""
-        commit, dirty = provenance.git_state()
         now = provenance.utc_now()
+        begun = self.declared.steps if self.trained else self.job.stack.resume_step
         segment = {
             "started_at": now,
-            "from_step": self.declared.steps if self.trained else self.job.stack.resume_step,
+            "from_step": begun,
             "device": str(self.device),
             "compiled": self.compiled,
             "compiled_act": self.compiled_act,
@@ -460,24 +466,13 @@ class _TrainingRun:
             earlier = _last_runs(self.job, stage)
             current: dict[str, RunRecord] = {}
             for trial in stage.trials:
-                attempt = self.job.attempts.get(trial.id, 1)
-                before = earlier.get(run_id(trial.id, attempt))
-                current[trial.id] = RunRecord(
-                    run_id=run_id(trial.id, attempt),
-                    trial_id=trial.id,
-                    attempt=attempt,
-                    status="running",
+                run = self._new_run(trial.id, now)
+                before = earlier.get(run.run_id)
+                current[trial.id] = replace(
+                    run,
                     started_at=before.started_at if before else now,
-                    ended_at=None,
-                    git_commit=commit,
-                    git_dirty=dirty,
-                    versions=provenance.versions(),
-                    hardware=provenance.hardware(),
-                    device=str(self.device),
-                    compiled=self.compiled,
-                    stack=tuple(self.job.stack.seeds),
                     timings=before.timings if before else {},
-                    steps_done=self.job.stack.resume_step,
+                    steps_done=begun,
                     segments=(*(before.segments if before else ()), segment),
                 )
             spool.append(current.values())
@@ -486,6 +481,26 @@ class _TrainingRun:
             dict(next(iter(current.values())).timings) if current else {} for current in runs
         ]
         return runs
+
+    def _new_run(self, trial_id: str, now: str) -> RunRecord:
+        """The record of a trial's run that begins in this process."""
+        commit, dirty = provenance.git_state()
+        attempt = self.job.attempts.get(trial_id, 1)
+        return RunRecord(
+            run_id=run_id(trial_id, attempt),
+            trial_id=trial_id,
+            attempt=attempt,
+            status="running",
+            started_at=now,
+            ended_at=None,
+            git_commit=commit,
+            git_dirty=dirty,
+            versions=provenance.versions(),
+            hardware=provenance.hardware(),
+            device=str(self.device),
+            compiled=self.compiled,
+            stack=tuple(self.job.stack.seeds),
+        )
 
     def _set_status(self, index: int, status: Any, steps_done: int, error: str | None) -> None:
         """Spools a new state of all runs of one seed."""
@@ -651,18 +666,21 @@ class _TrainingRun:
                 self._evaluate(trainer, evaluation)
 
     def _was_evaluated(self, evaluation: _Evaluation, step: int) -> bool:
-        """Whether a run of the protocol has episodes at a step (they are written together)."""
-        asked = {
-            runs[trial.id].run_id
-            for stage, runs in zip(self.stages, self.runs, strict=True)
-            for trial in stage.trials
-            if trial.evaluation == evaluation.protocol
-        }
-        return any(
-            isinstance(record, EvalRecord) and record.step == step and record.run_id in asked
-            for stage in self.stages
-            for record in read(self.job.home.spool(stage.id))
-        )
+        """Whether every living run of the protocol has episodes at a step."""
+        for stage, runs, alive in zip(self.stages, self.runs, self.alive, strict=True):
+            asked = {
+                runs[trial.id].run_id
+                for trial in stage.trials
+                if alive and trial.evaluation == evaluation.protocol
+            }
+            found = {
+                record.run_id
+                for record in read(self.job.home.spool(stage.id))
+                if isinstance(record, EvalRecord) and record.step == step
+            }
+            if not asked <= found:
+                return False
+        return True
 
     def _refresh(self, trainer: Trainer) -> None:
         """New generated data; the time is kept apart from that of the steps."""
@@ -684,6 +702,41 @@ class _TrainingRun:
                 kept = checkpoint_steps(self.job.home.checkpoints(self.stages[index].id))
                 good = f"last good checkpoint: step {kept[-1]}" if kept else "no checkpoint before"
                 self._set_status(index, "diverged", where.step, f"{where}; {good}")
+                self._end_what_needs(self.stages[index], f"{where}; {good}")
+
+    def _end_what_needs(self, stage: Stage, error: str) -> None:
+        """Spools the runs of trials that need a stage which diverged: they have diverged with it.
+
+        Without that a trial would look as if it had never been tried, and every sweep would.
+        """
+        seed = "" if stage.seed is None else f" of seed {stage.seed}"
+        home, now = self.job.home, provenance.utc_now()
+        for last in self.job.needed_by.get(stage.id, ()):
+            hold = Hold(home, [last.id], self.job.sweep)
+            # Whoever is at it finds out without these rows that the stage is not there.
+            with contextlib.suppress(StackBusyError), _locked(home.stage(last.id)), hold:
+                with Spool(home.spool(last.id)) as spool:
+                    spool.append(
+                        replace(
+                            self._new_run(trial.id, now),
+                            status="diverged",
+                            ended_at=now,
+                            error=f"stage {stage.name!r}{seed}, which it needs: {error}",
+                        )
+                        for trial in last.trials
+                    )
+                hold.push_rows()
+                hold.forget()
+
+    def _mark_failed(self, errors: Mapping[int, EvaluationError], step: int) -> None:
+        """Ends the runs of seeds whose environment failed; raises if that leaves no seed."""
+        for index, error in errors.items():
+            self.alive[index] = False
+            for trial_id, run in self.runs[index].items():
+                self.runs[index][trial_id] = with_end(run, "error")
+            self._set_status(index, "failed", step, "".join(traceback.format_exception(error)))
+        if errors and not any(self.alive):
+            raise next(iter(errors.values()))
 
     def _evaluate(self, trainer: Trainer, evaluation: _Evaluation) -> None:
         started = time.perf_counter()
@@ -694,9 +747,12 @@ class _TrainingRun:
             self.alive,
             self._on_environment_step,
         )
+        step = trainer.steps_done
         self._mark_diverged(
-            {index: Divergence(trainer.steps_done, reason) for index, reason in failed.items()}
+            {i: Divergence(step, why) for i, why in failed.items() if isinstance(why, str)}
         )
+        broken = {i: why for i, why in failed.items() if isinstance(why, EvaluationError)}
+        self._mark_failed(broken, step)
         returns = []
         for index, played in enumerate(episodes):
             rows = [
@@ -716,7 +772,9 @@ class _TrainingRun:
             if rows:
                 self.spools[index].append(rows)
             again = evaluation.evaluator.retried[index]
-            if again:  # a count that is there only where an environment failed
+            if (
+                again and index not in broken
+            ):  # a count that is there only where an environment failed
                 count = {"evaluation_retries": [float(again)] * len(self.stages)}
                 self._spool_metrics(index, trainer.steps_done, count)
             returns += [episode.episode_return for episode in played]

@@ -36,12 +36,7 @@ KINDS = {
 }
 """What an archive holds; artifacts stay where they are, so their rows are left out."""
 
-_OF_RUNS = (
-    records.RunRecord,
-    records.EvalRecord,
-    records.MetricRecord,
-    records.LatencyRecord,
-)
+_OF_RUNS = (records.EvalRecord, records.MetricRecord, records.LatencyRecord)
 OUTCOMES = ("done", "diverged")
 """Statuses after which a run is not continued."""
 
@@ -174,12 +169,15 @@ def _merge(store: Store, rows: list[Record], keep_unfinished: bool) -> Merged:
                 kept[run.run_id] = _beside(run, ours)
     found: list[Record] = []
     for row in rows:
-        if not isinstance(row, _OF_RUNS):
+        if isinstance(row, records.RunRecord):
+            if row.run_id in kept:
+                own = kept[row.run_id]
+                found.append(dataclasses.replace(row, run_id=own.run_id, attempt=own.attempt))
+        elif isinstance(row, _OF_RUNS):
+            if row.run_id in kept:
+                found.append(dataclasses.replace(row, run_id=kept[row.run_id].run_id))
+        else:
             found.append(row)
-        elif row.run_id in kept:
-            own = kept[row.run_id]
-            changes = {"attempt": own.attempt} if isinstance(row, records.RunRecord) else {}
-            found.append(dataclasses.replace(row, run_id=own.run_id, **changes))
     return Merged(len(rows), store.append(found), known, unfinished)
 
 

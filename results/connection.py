@@ -246,8 +246,10 @@ def _sqlite_engine(url: URL, read_only: bool) -> sa.Engine:
 def _read_only_sqlite_engine(url: URL, path: Path) -> sa.Engine:
     if not path.exists():
         raise StoreError(f"{path} does not exist; nothing to read")
-    # Write-ahead logging needs a writable folder even to read, unless nobody can be writing.
-    immutable = not os.access(path.parent, os.W_OK)
+    # Write-ahead logging needs a writable folder even to read, unless whoever writes has the log
+    # and its index open, or nobody does: only then the file alone is all there is.
+    written = all(path.with_name(path.name + end).exists() for end in ("-wal", "-shm"))
+    immutable = not os.access(path.parent, os.W_OK) and not written
     name = f"file:{quote(str(path))}?mode=ro" + ("&immutable=1" if immutable else "")
     return sa.create_engine(
         url.set(database=name).update_query_dict({"uri": "true"}),

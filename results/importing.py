@@ -144,6 +144,7 @@ def read_corl(path: Path, told: Told) -> list[ImportedRun]:
     names = {
         s.name: s.algorithm for s in published_scores() if s.table.paper == "CORL" and s.algorithm
     }
+    _refuse_one_name_for_many(path, "algorithm", {name for name, _, _ in curves}, told.algorithm)
     every = told.every or 1
     runs = []
     for (algorithm, dataset, seed), curve in curves.items():
@@ -233,6 +234,7 @@ def _arguments(data: bytes) -> dict[str, Any]:
 def read_csv(path: Path, told: Told) -> list[ImportedRun]:
     """Lines with algorithm, dataset, seed, score or return, and optionally step."""
     values: dict[tuple[str, str, int], dict[int, list[float]]] = {}
+    said: dict[str, set[str]] = {"algorithm": set(), "dataset": set()}
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         columns = set(reader.fieldnames or ())
@@ -247,9 +249,13 @@ def read_csv(path: Path, told: Told) -> list[ImportedRun]:
                 row[n] if n in columns else told.need(n, path)
                 for n in ("algorithm", "dataset", "seed")
             )
+            said["algorithm"].add(algorithm)
+            said["dataset"].add(dataset)
             key = (told.algorithm or algorithm, told.dataset or dataset, _step(seed, place))
             step = _step(row["step"], place) if "step" in columns else 1
             values.setdefault(key, {}).setdefault(step, []).append(_number(row[units[0]], place))
+    for name, found in said.items():
+        _refuse_one_name_for_many(path, name, found, getattr(told, name))
     known = "step" in columns
     return [
         ImportedRun(*key, steps, units[0], {"steps": max(steps)} if known else {})
@@ -263,6 +269,14 @@ FORMATS: dict[str, Callable[[Path, Told], list[ImportedRun]]] = {
     "unifloral": read_unifloral,
     "csv": read_csv,
 }
+
+
+def _refuse_one_name_for_many(path: Path, name: str, found: set[str], told: str | None) -> None:
+    if told is not None and len(found) > 1:
+        raise ImportFileError(
+            f"{path.name} has several values of {name} ({', '.join(sorted(found))}); --{name} "
+            f"{told} would pool them: leave --{name} out, or split the file"
+        )
 
 
 def _number(value: Any, place: str) -> float:

@@ -81,6 +81,7 @@ class Store:
         """Use `Store.open`."""
         self._engine = engine
         self._url = url
+        self._labels: dict[str, str] = {}
 
     @classmethod
     def open(cls, url: str, *, read_only: bool = False) -> Store:
@@ -116,6 +117,17 @@ class Store:
     def url(self) -> str:
         """The database's URL, without a password."""
         return connecting.without_password(self._url)
+
+    def show_labels(self, labels: Mapping[str, str]) -> None:
+        """What trials are called in all that is read from now on; nothing is written.
+
+        A trial is stored under the label it was first planned under. Another experiment may have
+        the same trial under another, and who asks for that one looks for its own.
+
+        Args:
+            labels: trial id -> label.
+        """
+        self._labels = dict(labels)
 
     @property
     def version(self) -> str:
@@ -254,7 +266,15 @@ class Store:
         query = sa.select(table).order_by(
             table.c.label, table.c.dataset_id, table.c.variant_id, table.c.seed, table.c.trial_id
         )
-        return self._frame(self._only(query, table.c.trial_id, trial_ids))
+        frame = self._frame(self._only(query, table.c.trial_id, trial_ids))
+        if not self._labels:
+            return frame
+        frame["label"] = [
+            self._labels.get(trial_id, label)
+            for trial_id, label in zip(frame.trial_id, frame.label, strict=True)
+        ]
+        order = ["label", "dataset_id", "variant_id", "seed", "trial_id"]
+        return frame.sort_values(order, ignore_index=True)
 
     def runs(self, trial_ids: Iterable[str] | None = None) -> pd.DataFrame:
         """All attempts, in their order for each trial; JSON columns decoded."""
@@ -407,6 +427,8 @@ class Store:
                 query = sa.select(*(table.c[name] for name in names)).where(restrict[kind])
                 for row in connection.execute(query.order_by(*table.primary_key)):
                     values = dict(zip(names, row, strict=True))
+                    if kind is TrialRecord:
+                        values["label"] = self._labels.get(values["trial_id"], values["label"])
                     yield from_json(kind, values)
 
     def statuses(self, trial_ids: Iterable[str] | None = None) -> dict[str, RunRecord]:
@@ -441,7 +463,14 @@ class Store:
             )
         )
         rows = self._read(self._only(query, trial.trial_id, trial_ids))
-        return list({row.trial_id: TrialState(**row._mapping) for row in rows}.values())
+        states = {row.trial_id: TrialState(**row._mapping) for row in rows}
+        if not self._labels:
+            return list(states.values())
+        shown = [
+            dataclasses.replace(state, label=self._labels.get(state.trial_id, state.label))
+            for state in states.values()
+        ]
+        return sorted(shown, key=lambda state: (state.label, state.dataset_id, state.variant_id))
 
     def counts(self) -> dict[str, int]:
         """Number of rows in each table."""

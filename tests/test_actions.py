@@ -164,6 +164,21 @@ def test_an_artifact_that_is_gone_is_said_so(spec, tmp_path):
         draw(spec, home, count=5)
 
 
+def test_policies_in_a_storage_that_only_the_spec_names_are_found(spec, tmp_path):
+    import shutil
+
+    home = tmp_path / "home"
+    shared = [f"run.storage={tmp_path / 'storage'}", "seeds=0", "algorithms=[point]"]
+    inline.sweep(spec, home, shared)
+    shutil.rmtree(Home.find(home).artifacts)  # as on a node that did not train it
+    assert draw(spec, home, shared, count=5).trials == 1
+    arguments = ["latency", spec, *shared, "--seconds", "0.01", "--rounds", "1", "--home", home]
+    timed = invoke(*arguments, "--json")
+    assert timed.exit_code == cli.OK, timed.output
+    written = invoke("export", spec, *shared, "--out", tmp_path / "out", "--home", home, "--json")
+    assert written.exit_code == cli.OK, written.output
+
+
 @pytest.mark.parametrize("count", [0, -3, 2**24])
 def test_a_count_out_of_range_is_refused(spec, tmp_path, count):
     with pytest.raises(ValueError, match="expected 1 to"):

@@ -119,3 +119,15 @@ def test_another_table_is_refused(tmp_path):
         guidance.read(path)
     with pytest.raises(FileNotFoundError, match=r"none\.parquet does not exist; `harness syn"):
         guidance.read(tmp_path / "none.parquet")
+
+
+def test_the_last_quarter_is_that_of_each_horizon(file, tmp_path):
+    table = pd.read_parquet(file)
+    longer = table.assign(dataset_id="test/b-v0")
+    longer = pd.concat([longer, longer.assign(index=longer["index"] + 4)])
+    longer.to_parquet(tmp_path / "longer.parquet")
+    report = guidance.read(file, tmp_path / "longer.parquet")
+    short = report.trials[report.trials.dataset_id == "test/a-v0"]
+    alone = guidance.read(file).trials
+    assert short.late_error.tolist() == pytest.approx(alone.late_error.tolist())
+    assert not short.late_error.isna().any()

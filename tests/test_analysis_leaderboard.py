@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -363,6 +364,7 @@ RISING = {5: 9.0, 10: 1.0, 20: 3.0, 30: 4.0, 40: 0.0}  # stops at 30; 10 and 5 a
         (RISING, "cloning-loss", 0.2),
         (RISING, "cloning-loss-2", 0.3),
         (RISING, "cloning-loss-3", 0.1),
+        (RISING, "cloning-loss-9", 0.1),  # the last rank there is
     ],
 )
 def test_offline_selection_takes_the_checkpoint_of_that_rank(store, losses, select, expected):
@@ -378,7 +380,6 @@ def test_offline_selection_takes_the_checkpoint_of_that_rank(store, losses, sele
     [
         ({}, "cloning-loss", "has no metric bc_loss"),
         ({5: 1.0}, "cloning-loss", "no finite bc_loss between steps 10 and 20"),
-        (RISING, "cloning-loss-4", "only 3 evaluations until its bc_loss rose"),
     ],
 )
 def test_offline_selection_names_what_it_lacks(store, losses, select, reason):
@@ -386,3 +387,42 @@ def test_offline_selection_names_what_it_lacks(store, losses, select, reason):
     fill(store, [A], with_losses(trial("m", A, 0, returns=curve), losses))
     scores = load_scores(store, select=select)
     assert reason in scores.gaps("m", scores.tasks)[0]
+
+
+def test_one_variant_under_two_labels_is_one_method(store):
+    """Two experiments named it differently; seeds of one setting are not told apart by that."""
+    first, second = complete("iql", A), complete("iql", A, [3, 4])
+    renamed = [
+        dataclasses.replace(record, label="tuned") if isinstance(record, TrialRecord) else record
+        for record in second
+    ]
+    fill(store, [A], first, renamed, complete("bc", A))
+    scores = load_scores(store)
+    assert scores.methods == ("bc", "iql")
+    assert sorted(scores.cells["iql", A.dataset_id].scores) == [0, 1, 2, 3, 4]
+    assert "tuned shown as iql: the same settings" in scores.notes
+    store.show_labels({record.trial_id: "tuned" for record in (*first, *second)
+                       if isinstance(record, TrialRecord)})  # fmt: skip
+    assert load_scores(store).methods == ("bc", "tuned")
+
+
+def test_what_was_planned_and_never_ran_is_no_part_of_all_that_ran(store):
+    other = dataset(digest="d2")
+    fill(store, [A, other], complete("m", A), trial("m", other, 0, status=None, variant="w"))
+    frame = evaluation_frame(store)
+    assert set(frame.method) == {"m"}
+    assert set(frame.task) == {A.dataset_id}
+
+
+@pytest.mark.parametrize(("low", "high"), [(5.0, 5.0), (100.0, 0.0)])
+def test_references_that_do_not_span_a_range_normalise_nothing(store, low, high):
+    odd = dataset(low=low, high=high)
+    fill(store, [odd], complete("m", odd))
+    assert load_scores(store).matrix("m") == [[60.0] * 3]
+    assert not load_scores(store).tasks[0].normalized
+
+
+def test_lines_of_a_second_round_of_colours_differ():
+    colours = plots.palette([f"m{i:02d}" for i in range(20)])
+    shown = {(colour, str(plots.line_style(i))) for i, colour in enumerate(colours.values())}
+    assert len(shown) == 20

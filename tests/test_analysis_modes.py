@@ -63,7 +63,7 @@ def test_entropy_is_a_share_of_the_log_of_the_number_of_solutions(counts, base, 
 
 def test_the_last_evaluation_of_finished_runs_counts_and_failures_are_no_solution(store):
     report = modes.build(store)
-    assert report.modes == 4
+    assert report.modes == {"maze/a-v0": 4}
     found = {method: row for (_, method), row in report.estimates.items()}
     assert {task for task, _ in report.estimates} == {"maze/a-v0"}
     values = {m: (row["solved"].value, row["entropy"] and row["entropy"].value)
@@ -107,3 +107,16 @@ def test_the_command_writes_page_numbers_and_figure(tmp_path):
     source = json.loads((tmp_path / "out" / "modes.json").read_text())
     assert len(source["run_ids"]) == 12
     assert (tmp_path / "out" / "modes.png").stat().st_size > 10_000
+
+
+def test_each_task_has_its_own_number_of_solutions(store):
+    other = dataset("maze/b-v0", low=0.0, high=1.0)
+    store.append([other])
+    store.append([r for seed in range(3) for r in told("all", seed, {20: [0, 1]}, data=other)])
+    report = modes.build(store)
+    assert report.modes == {"maze/a-v0": 4, "maze/b-v0": 2}
+    assert report.estimates["maze/b-v0", "all"]["entropy"].value == pytest.approx(1.0)
+    assert "maze/a-v0: 4, maze/b-v0: 2" in modes.about(report)
+    _, body = modes.rows(report)
+    assert body[-1][-1] == "0.50/0.50"
+    modes.figure(report)

@@ -167,10 +167,15 @@ def test_remove_and_clean_leave_no_trace(store: ArtifactStore) -> None:
     store.publish(ID, write_two_files, {})
     store.remove(ID)
     store.remove(ID)  # absent already
-    (store.root / ".tmp-x-1-2").mkdir()
+    killed = store.root / f".tmp-x-{2**22 + 1}-2"  # no process has such a number
+    suspended = store.root / f".tmp-x-{os.getpid()}-2"
+    killed.mkdir()
+    suspended.mkdir()
     assert store.clean() == []  # young: someone may be writing it
-    assert store.clean(older_than_s=0.0) == [".tmp-x-1-2"]
-    assert list(store.root.iterdir()) == []
+    assert store.clean(older_than_s=0.0) == [killed.name]
+    assert list(store.root.iterdir()) == [suspended]
+    os.utime(suspended, (0, 0))  # older than this process: of another with its number
+    assert store.clean() == [suspended.name]
 
 
 def test_tensors_of_every_kind_survive(store: ArtifactStore) -> None:

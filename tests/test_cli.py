@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from harness import cli
 from harness.cli import about, reproducing
+from harness.display import Display
 from tests import inline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -79,6 +83,26 @@ def test_a_bug_is_said_to_be_one(monkeypatch, capsys):
         assert ("this is a bug; HARNESS_DEBUG=1 shows where" in said) == is_bug
 
 
+@pytest.mark.parametrize("name", ["x-[a-z]*", "q[/x]*", "d:x:*"])
+def test_an_error_shows_names_as_they_were_given(spec, name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sweep", str(spec), f'datasets=["{name}"]'])
+    assert ended.value.code == cli.USAGE
+    assert name in capsys.readouterr().err
+
+
+def test_the_display_shows_what_an_error_says_whatever_brackets_it_has():
+    out = io.StringIO()
+    display = Display(Console(file=out, width=200), 2)
+    error = "RuntimeError: [/pytorch/third_party/gloo/pair.cc:534] [enforce fail at a.cpp:117] no"
+    display.end("a", f"[red]bc[wide] seeds 0: failed[/red] {error}")
+    display.line(f"[yellow]bc: crashed[/yellow] {error}; again")
+    assert out.getvalue().splitlines() == [
+        f"[1/2] bc[wide] seeds 0: failed {error}",
+        f"bc: crashed {error}; again",
+    ]
+
+
 def test_unknown_options_and_missing_specs_are_usage_errors(spec, tmp_path):
     assert run("sweep", spec, "--dry").returncode == cli.USAGE
     done = run("sweep", tmp_path / "absent.yaml")
@@ -138,10 +162,30 @@ def test_with_nothing_to_show_a_table_is_an_error_and_not_empty(command, spec):
     assert "no run to show; run a sweep first" in error
 
 
-def test_a_sweep_that_needs_nothing_does_not_start_ray(spec):
-    inline.sweep(spec, Path(os.environ["HARNESS_HOME"]))
+def test_status_and_plan_show_labels_with_brackets(spec):
+    labels = "bc[wide]: {algorithm: bc}, bc[narrow]: {algorithm: bc, config: {hidden_dim: 4}}"
+    wanted = (f"algorithms={{{labels}}}".replace("bc[", '"bc[').replace("]:", ']":'), "seeds=0")
+    code, out, _ = invoke("sweep", spec, *wanted, "--dry-run")
+    assert code == cli.OK
+    assert "bc[wide]" in out
+    assert "bc[narrow]" in out
+    inline.sweep(spec, Path(os.environ["HARNESS_HOME"]), wanted)
+    code, out, _ = invoke("status")
+    assert code == cli.OK
+    assert "bc[wide]" in out
+    assert "bc[narrow]" in out
+
+
+def test_a_sweep_that_needs_nothing_only_tidies_and_does_not_start_ray(spec):
+    home = Path(os.environ["HARNESS_HOME"])
+    inline.sweep(spec, home)
+    left, young = (home / "artifacts" / f".tmp-x-{2**22 + 1}-{name}" for name in "ab")
+    left.mkdir()
+    young.mkdir()
+    os.utime(left, (0, 0))  # of a publication that was killed long ago
     done = run("sweep", spec, "--json")
     assert done.returncode == cli.OK, done.stderr
+    assert (left.exists(), young.exists()) == (False, True)
     assert json.loads(done.stdout)["counts"] == {"done": 3}
 
 
@@ -154,11 +198,44 @@ def test_a_share_without_trials_says_so(spec):
 def test_a_share_that_was_interrupted_says_how_to_go_on(spec, monkeypatch):
     from harness import work
 
-    monkeypatch.setattr(work, "work", lambda *_: work.Done(1, {}, interrupted=True))
+    monkeypatch.setattr(work, "work", lambda *_, **__: work.Done(1, {}, interrupted=True))
     code, out, _ = invoke("work", spec)
     assert code == cli.INTERRUPTED
     assert "3 trials, 1 stack run; interrupted; the same command continues" in " ".join(out.split())
     assert "puts the rows" not in out
+
+
+def test_the_estimate_counts_stacks_that_run_at_once(spec):
+    inline.sweep(spec, Path(os.environ["HARNESS_HOME"]), ["seeds=0"])
+
+    def seconds(most):
+        wanted = ("seeds=0-4", "run.max_stack=1", "run.cpus_per_stack=0.01")
+        code, out, _ = invoke(
+            "sweep", spec, *wanted, f"run.max_concurrent={most}", "--dry-run", "--json"
+        )
+        assert code == cli.OK
+        return json.loads(out)["seconds"]
+
+    assert seconds(2) == pytest.approx(seconds(1) / 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["sweep", "work"])
+def test_a_signal_while_a_command_starts_is_an_interruption(spec, monkeypatch, command, number):
+    """A batch job that is told to end so early has to ask to be requeued, too."""
+
+    def unhandled(*arguments):
+        raise RuntimeError("the signal would have ended the process")
+
+    notice = lambda *arguments: os.kill(os.getpid(), number)  # noqa: E731
+    monkeypatch.setattr("harness.spec.load_experiment", notice)
+    before = signal.signal(number, unhandled)
+    try:
+        code, _, err = invoke(command, spec)
+        assert signal.getsignal(number) is unhandled
+    finally:
+        signal.signal(number, before)
+    assert (code, "the same command continues" in err) == (cli.INTERRUPTED, True)
 
 
 def test_algorithms_are_listed_with_their_config():

@@ -88,6 +88,15 @@ def test_forms_agree(store):
         assert f"\\{command}" in latex
 
 
+def test_planned_seeds_that_never_ran_are_missing_where_they_are_asked_for(store):
+    planned = trial("m", WALKER, 3, status=None)
+    fill(store, [WALKER], seeded("m", WALKER), planned)
+    (table,) = dataset_tables.make(store, list(store.trials().trial_id))
+    assert any("seed 3 never run" in note for note in table.notes)
+    (table,) = dataset_tables.make(store)  # of all that ran it is no part
+    assert not table.notes
+
+
 def test_an_unknown_form_and_nothing_to_show_are_said(store):
     with pytest.raises(ValueError, match="expected one of markdown, latex, csv"):
         dataset_tables.render([], "html")

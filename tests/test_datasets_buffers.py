@@ -17,6 +17,7 @@ from algorithms.api import Batch, Dataset
 from algorithms.blocks.windows import window_starts
 from harness.datasets import DatasetError, DataSpec, load
 from harness.datasets.buffers import TransitionDataset, _ends_by_length
+from harness.datasets.data_spec import held_out_episodes
 from harness.datasets.layout import Leaf
 from harness.datasets.minari import RawDataset
 
@@ -404,6 +405,15 @@ def test_held_out_episodes_are_the_rest_and_leave_no_trace_in_what_is_learned_fr
         TransitionDataset.from_raw(raw, DataSpec(), held_out=True)
     with pytest.raises(DatasetError, match="at least 2 are needed"):
         TransitionDataset.from_raw(raw_of([2], "T"), data)
+
+
+def test_held_out_episodes_without_a_transition_are_refused() -> None:
+    raw = raw_of([1, 3], "LT")
+    held = held_out_episodes(2, 0.5)
+    raw = raw if held[0] else raw_of([3, 1], "TL")
+    TransitionDataset.from_raw(raw, DataSpec(held_out=0.5))
+    with pytest.raises(DatasetError, match="every episode that is held out is one truncated step"):
+        TransitionDataset.from_raw(raw, DataSpec(held_out=0.5), held_out=True)
 
 
 def test_ties_and_rounding_of_the_best_fraction_are_fixed() -> None:

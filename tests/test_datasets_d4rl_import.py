@@ -178,6 +178,7 @@ def test_files_without_timeouts_are_cut_at_the_time_limit(tmp_path: Path) -> Non
         (lambda f: f["observations"].__setitem__((2, 0), np.nan), "nan"),
         (lambda f: f["actions"].__setitem__((1, 0), 1.2), "--clip-actions"),
         (lambda f: f.update(next_observations=f["observations"]), "inside an episode"),
+        (lambda f: f.update(next_observations=np.zeros((8, 5), np.float32)), "has 5 columns, obs"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, change: Any, message: str) -> None:
@@ -185,6 +186,19 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, change: Any, message: str
     change(flat)
     with pytest.raises(DatasetError, match=message):
         import_d4rl(save(tmp_path / "a.hdf5", flat), "mine/a-v0")
+    assert not datasets.local.stored_ids()
+
+
+def test_a_file_of_one_row_is_a_dataset_of_one_step(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.hdf5", with_successors(columns("T")))
+    assert import_d4rl(file, "mine/a-v0").num_steps == 1
+    card = datasets.card("mine/a-v0")
+    assert (card["steps"], card["coverage"]["cells"]) == (1, 1)
+
+
+def test_a_file_whose_every_transition_lacks_its_successor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no transition is left"):
+        import_d4rl(save(tmp_path / "a.hdf5", columns("L")), "mine/a-v0")
     assert not datasets.local.stored_ids()
 
 

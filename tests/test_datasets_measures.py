@@ -30,6 +30,11 @@ def test_cells_of_one_axis_are_a_quarter_of_a_standard_deviation():
     assert distinct_cells(pairs, pairs) in (expected, mirrored)  # an axis has no sign
 
 
+def test_pairs_that_are_all_equal_share_one_cell():
+    for count in (1, 5):
+        assert distinct_cells(np.full((count, 4), 3.0), np.full((count, 4), 3.0)) == 1
+
+
 def test_repeating_pairs_adds_no_cell():
     pairs = np.random.default_rng(1).normal(size=(300, 6))
     assert distinct_cells(np.tile(pairs, (7, 1)), pairs) == distinct_cells(pairs, pairs)

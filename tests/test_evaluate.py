@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import gymnasium
 import numpy as np
 import pytest
@@ -187,10 +189,29 @@ def test_an_episode_whose_environment_fails_once_is_played_anew_and_counted(how,
 )
 def test_an_environment_that_fails_twice_is_named_with_its_seed_and_step(how, cause, monkeypatch):
     monkeypatch.setattr(Failing, "left", 100)
-    with pytest.raises(
-        EvaluationError, match=rf"failed twice in episode \d \(env seed 5\d\) at step 3: {cause}"
-    ):
-        evaluate(LinearPolicy([0.0]), [0], 2, 2, make=lambda: Failing(how))
+    episodes, failed = evaluate(LinearPolicy([0.0]), [7], 2, 2, make=lambda: Failing(how))
+    assert episodes == [[]]
+    assert isinstance(failed[0], EvaluationError)
+    assert re.fullmatch(
+        rf"seed 7: .*Failing.* failed twice in episode \d \(env seed 5\d\) at step 3: {cause}.*",
+        str(failed[0]),
+    )
+
+
+@pytest.mark.parametrize("how", ["raise", "reset"])
+def test_an_environment_that_fails_twice_ends_only_its_seed(how, monkeypatch):
+    monkeypatch.setattr(Failing, "left", 100)
+    whole, _ = evaluate(NoisyPolicy(), [4, 9, 2], 5, 1)
+    made = []
+
+    def make():  # the second environment is the second seed's, and so are those in its place
+        made.append(Failing(how) if made else Walk())
+        return Walk() if len(made) == 3 else made[-1]
+
+    episodes, failed = evaluate(NoisyPolicy(), [4, 9, 2], 5, 1, make=make)
+    assert list(failed) == [1]
+    assert str(failed[1]).startswith("seed 9: ")
+    assert episodes == [whole[0], [], whole[2]]
 
 
 def test_evaluation_noise_is_a_function_of_seed_step_episode_and_environment_step():

@@ -54,7 +54,7 @@ def trained(spec: Path, label: str) -> tuple[policies.Trained, policies.Loader]:
     inline.sweep(spec, home.root, overrides)
     with Store.open(home.database_url()) as store:
         ((found,), _) = policies.named([str(spec), *overrides], store, home, Registry())
-    return found, policies.Loader(home, Registry(), torch.device("cpu"))
+    return found, policies.Loader(Registry(), torch.device("cpu"))
 
 
 def rows_of(trainer, obs) -> RowRng:

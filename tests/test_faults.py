@@ -26,6 +26,7 @@ from harness.environments import Bandit2D
 from harness.ingest import Ingester
 from harness.plan import make_plan
 from harness.spec import load_experiment
+from harness.sweep import plan_sweep
 from harness.worker import Job, run_stack
 from tests import inline
 from tests.processes import REPOSITORY, harness, ray_workers, wait_for, work_files
@@ -106,6 +107,16 @@ def test_two_drivers_on_one_spec_train_every_trial_once(spec, tmp_path):
     with inline.Store.open(inline.Home.find(home).database_url()) as store:
         segments = [len(found) for found in store.runs()["segments"]]
     assert segments == [1, 1, 1], "nobody began what another had begun"
+
+
+def test_a_sweep_that_was_planned_before_another_was_done_trains_nothing_again(spec, tmp_path):
+    home, arguments = inline.Home.find(tmp_path / "home"), ["steps=100", "evaluation.every=50"]
+    with inline.Store.open(home.database_url()) as store:
+        late = plan_sweep(load_experiment(spec, arguments), store, home)
+        assert inline.sweep(spec, home.root, arguments).trained == 2
+        summary = inline.sweep(spec, home.root, arguments, plan=late)
+        assert (summary.ok, summary.trained) == (True, 0)
+        assert [len(found) for found in store.runs()["segments"]] == [1, 1, 1]
 
 
 def test_a_hung_evaluation_is_ended_and_named_and_does_not_take_the_sweep_along(

@@ -27,6 +27,8 @@ from algorithms import (
     td3_bc,
     vdd,
 )
+from harness.datasets.catalog import resolve
+from harness.registry import hparams_for
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECIPES = [
@@ -59,29 +61,29 @@ MINARI = [
     "generated/ring2d-v0",
 ]
 
-# name: lr, q_coef, max_q_backup, reward, thousands of steps, clip_norm. Typed from the reference
-# independently of the YAML file.
+# name: lr, q_coef, max_q_backup, reward, thousands of steps, clip_norm, top_k. Typed from the
+# reference independently of the YAML file.
 TABLE = """
-halfcheetah-medium-v2 3e-4 1 no none 2000 9
-hopper-medium-v2 3e-4 1 no none 2000 9
-walker2d-medium-v2 3e-4 1 no none 2000 1
-halfcheetah-medium-replay-v2 3e-4 1 no none 2000 2
-hopper-medium-replay-v2 3e-4 1 no none 2000 4
-walker2d-medium-replay-v2 3e-4 1 no none 2000 4
-halfcheetah-medium-expert-v2 3e-4 1 no none 2000 7
-hopper-medium-expert-v2 3e-4 1 no none 2000 5
-walker2d-medium-expert-v2 3e-4 1 no none 2000 5
-antmaze-umaze-v0 3e-4 0.5 no cql_antmaze 1000 2
-antmaze-umaze-diverse-v0 3e-4 2 yes cql_antmaze 1000 3
-antmaze-medium-play-v0 1e-3 2 yes cql_antmaze 1000 2
-antmaze-medium-diverse-v0 3e-4 3 yes cql_antmaze 1000 1
-antmaze-large-play-v0 3e-4 4.5 yes cql_antmaze 1000 10
-antmaze-large-diverse-v0 3e-4 3.5 yes cql_antmaze 1000 7
-pen-human-v1 3e-5 0.15 no normalize 1000 7
-pen-cloned-v1 3e-5 0.1 no normalize 1000 8
-kitchen-complete-v0 3e-4 0.005 no none 250 9
-kitchen-partial-v0 3e-4 0.005 no none 1000 10
-kitchen-mixed-v0 3e-4 0.005 no none 1000 10
+halfcheetah-medium-v2 3e-4 1 no none 2000 9 1
+hopper-medium-v2 3e-4 1 no none 2000 9 2
+walker2d-medium-v2 3e-4 1 no none 2000 1 1
+halfcheetah-medium-replay-v2 3e-4 1 no none 2000 2 0
+hopper-medium-replay-v2 3e-4 1 no none 2000 4 2
+walker2d-medium-replay-v2 3e-4 1 no none 2000 4 1
+halfcheetah-medium-expert-v2 3e-4 1 no none 2000 7 0
+hopper-medium-expert-v2 3e-4 1 no none 2000 5 2
+walker2d-medium-expert-v2 3e-4 1 no none 2000 5 1
+antmaze-umaze-v0 3e-4 0.5 no cql_antmaze 1000 2 2
+antmaze-umaze-diverse-v0 3e-4 2 yes cql_antmaze 1000 3 2
+antmaze-medium-play-v0 1e-3 2 yes cql_antmaze 1000 2 1
+antmaze-medium-diverse-v0 3e-4 3 yes cql_antmaze 1000 1 1
+antmaze-large-play-v0 3e-4 4.5 yes cql_antmaze 1000 10 2
+antmaze-large-diverse-v0 3e-4 3.5 yes cql_antmaze 1000 7 1
+pen-human-v1 3e-5 0.15 no normalize 1000 7 2
+pen-cloned-v1 3e-5 0.1 no normalize 1000 8 2
+kitchen-complete-v0 3e-4 0.005 no none 250 9 2
+kitchen-partial-v0 3e-4 0.005 no none 1000 10 2
+kitchen-mixed-v0 3e-4 0.005 no none 1000 10 0
 """
 
 
@@ -135,7 +137,7 @@ def test_every_block_is_the_first_to_match_some_known_name(recipe):
 
 @pytest.mark.parametrize("row", TABLE.strip().splitlines(), ids=lambda r: r.split()[0])
 def test_diffusion_ql_uses_the_published_row(row):
-    name, lr, q_coef, max_q, reward, thousands, clip_norm = row.split()
+    name, lr, q_coef, max_q, reward, thousands, clip_norm, top_k = row.split()
     block = first_match(diffusion_ql.recipe, name)
     config = diffusion_ql.Config(**block["config"])
     assert config.lr == float(lr)
@@ -144,6 +146,7 @@ def test_diffusion_ql_uses_the_published_row(row):
     assert config.clip_norm == float(clip_norm)
     assert config.steps == 1000 * int(thousands)
     assert block["data"] == ({} if reward == "none" else {"reward": reward})
+    assert block["source"].endswith(f"offline selection: cloning-loss-{int(top_k) + 1}")
 
 
 @pytest.mark.parametrize(
@@ -162,11 +165,36 @@ def test_a_minari_set_uses_the_row_of_its_d4rl_counterpart(minari, d4rl):
     assert first_match(recipe, minari) == first_match(recipe, d4rl) != blocks(recipe)[0]
 
 
-@pytest.mark.parametrize("name", ["hopper-random-v2", "door-human-v1", "mujoco/hopper/expert-v0"])
+@pytest.mark.parametrize("name", ["hopper-random-v2", "mujoco/hopper/expert-v0"])
 def test_a_dataset_without_published_settings_gets_the_default_and_it_says_so(name):
     block = first_match(diffusion_ql.recipe, name)
     assert block == blocks(diffusion_ql.recipe)[0]
     assert "no published settings" in block["source"]
+
+
+@pytest.mark.parametrize(
+    "name", ["door-human-v1", "local/pen/expert-v0", "D4RL/relocate/cloned-v2"]
+)
+def test_adroit_without_published_settings_gets_those_of_adroit_and_it_says_so(name):
+    pen = first_match(diffusion_ql.recipe, "pen-human-v1")
+    block = first_match(diffusion_ql.recipe, name)
+    assert (block["config"], block["data"]) == (pen["config"], pen["data"])
+    assert "no published settings" in block["source"]
+    assert first_match(edp.recipe, name)["data"] == {"reward": "min_max"}
+    config = rebrac.Config(**first_match(rebrac.recipe, name)["config"])
+    assert (config.lr, config.critic_lr, config.batch_size) == (3e-4, 3e-4, 256)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+@pytest.mark.parametrize("name", ["D4RL/pointmaze/umaze-v2", "D4RL/pointmaze/large-dense-v2"])
+def test_pointmaze_keeps_the_step_that_holds_the_reward_under_all_its_names(recipe, name):
+    """Minari's sets also have a D4RL name, whose own sets are cut elsewhere."""
+    if not any("*pointmaze*" in block["match"] for block in blocks(recipe)[1:]):
+        pytest.skip("no settings for PointMaze")
+    entry = resolve(name)
+    assert entry.legacy_id is not None
+    found = hparams_for(recipe, [name, entry.id, entry.legacy_id])
+    assert found.data["truncated_last_step"] == "keep"
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,19 @@ def test_a_pickle_of_another_shape_is_refused(store, tmp_path, content):
 # ------------------------------------------------------------------------------------- records
 
 
+@pytest.mark.parametrize("file_format", ["csv", "corl"])
+def test_one_name_for_the_algorithms_of_a_file_is_refused(store, tmp_path, file_format):
+    path = tmp_path / "several"
+    if file_format == "csv":
+        path.write_text("algorithm,dataset,seed,score\nIQL,d,1,10\nCQL,d,1,90\n")
+    else:
+        dump(path, {"IQL": {HOPPER: [[10.0]]}, "CQL": {HOPPER: [[90.0]]}})
+    with pytest.raises(ImportFileError, match=r"algorithm \(CQL, IQL\).*leave --algorithm out"):
+        import_file(store, path, file_format, Told(algorithm="x"))
+    assert sum(store.counts().values()) == 0
+    assert len(import_file(store, path, file_format)) == 2
+
+
 def test_importing_again_changes_nothing_and_another_file_is_refused(store, tmp_path):
     file = dump(tmp_path / "scores.pickle", CORL)
     import_file(store, file, "corl")

@@ -114,7 +114,7 @@ def test_a_row_that_hashes_to_another_trial_is_refused(spec, home):
 
 def measured(words, home, **options) -> list[LatencyRecord]:
     trained, _ = find(words, home)
-    loader = policies.Loader(home, Registry(), torch.device("cpu"))
+    loader = policies.Loader(Registry(), torch.device("cpu"))
     return latency.measure(trained, loader, **{"seconds": 0.01, "rounds": 2, **options})
 
 

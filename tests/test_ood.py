@@ -159,6 +159,13 @@ def test_unknown_detectors_are_refused_with_the_known_ones(navigation):
         compare(navigation, [0], ["difusion"], SMALL)
 
 
+@pytest.mark.parametrize("name", ["uniform", "perturbed"])
+def test_a_policy_with_the_name_of_a_built_in_comparison_is_refused(navigation, name):
+    policies = {name: (np.zeros((3, 1)), np.zeros((3, 1)))}
+    with pytest.raises(ValueError, match=f"called '{name}'.* another label"):
+        compare(navigation, [0], ["neighbours"], SMALL, count=10, actions=policies)
+
+
 def test_actions_of_policies_are_taken_from_their_table():
     table = pd.DataFrame(
         {

@@ -622,7 +622,7 @@ def test_the_tables_say_what_was_changed_of_the_settings(home: Workspace) -> Non
     text = SPEC.replace("[generated/line-v0]", "[generated/line-v0, hopper-medium-v2]")
     case = 'cases=[{dataset: "hopper*", config: {student_lr: 2}}]'
     items = plan_tables(home.plan(case, "steps=50", text=text).describe())
-    notes = [item for item in items if isinstance(item, str)]
+    notes = [str(item) for item in items]
     assert (
         "settings of two_stage on generated/line-v0 changed by the command line: steps=50" in notes
     )

@@ -126,6 +126,16 @@ def test_names_are_text_not_markup(store, tmp_path):
             assert "<script>alert" not in text, name
 
 
+@pytest.mark.parametrize("name", ["BC/10%", "SAC#5", "iql"])
+def test_algorithms_of_any_name_have_a_page_that_links_reach(store, tmp_path, name):
+    fill(store, [A], complete(name, A), complete("m", A))
+    pages.write(store, tmp_path)
+    assert (tmp_path / pages.algorithm_page(name)).is_file()
+    for file in tmp_path.rglob("*.html"):
+        for link in re.findall(r'href="([^"#]+\.html)', file.read_text()):
+            assert (file.parent / link).resolve().is_file(), (file, link)
+
+
 def test_equal_databases_give_equal_files(tmp_path):
     for folder in ("a", "b"):
         with synthetic.store(methods=2, seeds=3, tasks=2) as store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from harness import cli
 from harness.slurm import Resources, array_script, ray_script
 from tests import inline
 
@@ -59,6 +62,19 @@ def test_an_array_gives_every_task_its_share():
     assert 'harness work s.yaml --shard "$SLURM_ARRAY_TASK_ID/16" &' in script
     assert "ray start" not in script
     assert "RAY_ADDRESS" not in script
+
+
+def test_the_advised_sweep_is_of_the_same_trials(bandit, tmp_path):
+    spec, home = tmp_path / "my spec.yaml", tmp_path / "home"
+    spec.write_text(SPEC)
+    given = [str(spec), "seeds=0,4", "algorithms=[bc]"]
+    where = ["--home", str(home), "--db", f"sqlite:///{tmp_path / 'rows.db'}"]
+    options = ["--array", "2", "--out", str(tmp_path / "x.sbatch")]
+    result = CliRunner().invoke(cli.app, ["slurm", *given, *where, *options])
+    assert result.exit_code == cli.OK, result.output
+    (advice,) = (line for line in result.output.splitlines() if "harness sweep" in line)
+    command = shlex.split(advice.partition("what is left: ")[2])
+    assert command == ["harness", "sweep", *given, *where]
 
 
 def test_impossible_requests_are_refused():

@@ -503,6 +503,29 @@ def test_overrides_reach_lists_labels_and_whole_keys(load: Any) -> None:
     assert load(LAYERS, "seeds=3").source["seeds"] == 3
 
 
+def test_a_seed_is_the_number_that_is_written(load: Any) -> None:
+    for text, seeds in (("010", [10]), ("[010, 2]", [10, 2]), ("08", [8]), ("007-009", [7, 8, 9])):
+        found = load(BASE, f"seeds={text}").trials
+        assert list(dict.fromkeys(trial.seed for trial in found)) == seeds
+    for text in ("0x10", "1_0", "1:30", "0o10"):
+        with pytest.raises(SpecError, match=r"command line: seeds: cannot read seeds from"):
+            load(BASE, f"seeds={text}")
+    for text in ("010", "[1, 010]", "0x10", "1:30"):
+        with pytest.raises(
+            SpecError, match=r"spec\.yaml: seeds: YAML reads .* Write plain decimal"
+        ):
+            load(BASE.replace("seeds: 0-2", f"seeds: {text}"))
+    assert load(BASE.replace("seeds: 0-2", "seeds: '010'")).trials[0].seed == 10
+
+
+def test_an_override_may_refer_to_the_file(load: Any) -> None:
+    text = BASE + "steps: 40\n"
+    assert load(text, "evaluation.every=${steps}").trials[0].evaluation.every == 40
+    assert load(text, "evaluation.every=${steps}", "steps=60").trials[0].evaluation.every == 60
+    with pytest.raises(SpecError, match="stepz"):
+        load(text, "evaluation.every=${stepz}")
+
+
 def test_interpolations_refer_to_other_keys(load: Any) -> None:
     text = BASE + "steps: 40\nevaluation: {every: '${steps}'}\n"
     assert load(text).trials[0].evaluation.every == 40

@@ -16,7 +16,7 @@ from harness import cluster, preflight, storage, sweep
 from harness.artifacts import ArtifactError
 from harness.home import Home
 from harness.spec import load_experiment
-from harness.spool import Spool
+from harness.spool import Spool, parse
 from harness.storage import Hold, StackBusyError, Storage, StorageError
 from harness.work import Shard, work
 from results.records import MetricRecord
@@ -382,6 +382,31 @@ def test_a_stage_is_taken_over_from_the_same_sweep_and_from_the_dead_alone(
     dead._thread.join()
     with Hold(b, [STAGE], "two"), pytest.raises(StackBusyError):
         dead.push_checkpoints(STAGE, [])
+
+
+def test_half_a_line_that_a_killed_writer_left_is_not_pushed(tmp_path, url):
+    a = node(tmp_path, "a", url)
+    spooled(a, range(3))
+    with a.spool(STAGE).open("ab") as file:
+        file.write(b'{"kind": "metrics", "run_id": "torn')
+    with Hold(a, [STAGE], "one") as hold:
+        spooled(a, range(3, 5))
+        hold.push_rows()
+    rows = b"".join(data for _, data in storage.new_rows(Storage(url), STAGE, ()))
+    assert rows == a.spool(STAGE).read_bytes()
+    assert [record.step for record in parse(rows, url)] == list(range(5))
+
+
+def test_what_a_process_of_another_node_is_at_is_not_cleaned_up(tmp_path, url):
+    a, b = node(tmp_path, "a", url), node(tmp_path, "b", url)
+    with Hold(a, [STAGE], "one") as hold:
+        spooled(a, range(3))
+        hold.push_rows()
+        assert not storage.forget(b, STAGE)
+        hold.push_rows()  # still its own
+    assert storage.forget(b, STAGE)
+    assert Storage(url).names("work") == []
+    assert not b.stage(STAGE).exists()
 
 
 def test_a_sweep_is_asked_to_stop_through_the_storage(tmp_path, url, monkeypatch):

@@ -816,6 +816,55 @@ def test_a_read_only_store_reads_and_refuses_to_write(tmp_path):
         Store.open(f"sqlite:///{tmp_path}/other.db", read_only=True)
 
 
+STRANGER = """
+import os, sys
+from results.store import Store
+import pandas
+Store.open("sqlite://").close()  # imports what another user may not be allowed to read
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+assert not os.access(os.path.dirname(sys.argv[1]), os.W_OK)
+with Store.open(f"sqlite:///{sys.argv[1]}", read_only=True) as store:
+    print(store.counts()["runs"])
+"""
+
+
+def test_who_may_not_write_the_folder_sees_what_is_being_written(tmp_path):
+    """A server's pages of a sweep that goes on: the newest rows are in the write-ahead log."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    path = tmp_path / "shown" / "results.db"
+    with Store.open(f"sqlite:///{path}") as store:
+        store.append(FAMILY)
+        with store._connect() as reader:  # keeps the log from being folded in
+            reader.execute(sa.text("SELECT 1"))
+            store.append([make_run("r1", attempt=2)])
+            path.parent.chmod(0o555)
+            try:
+                command = [sys.executable, "-c", STRANGER, str(path)]
+                told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            finally:
+                path.parent.chmod(0o755)
+    assert (told.returncode, told.stdout.strip()) == (0, "2"), told.stderr
+
+
+def test_labels_to_show_are_those_that_were_asked_for(store):
+    store.append([DATASET, *(make_trial(f"t{i}", seed=i) for i in range(2)), make_run()])
+    before = store.trials().label.tolist()
+    store.show_labels({"t1": "a name of its own"})
+    assert dict(zip(store.trials().trial_id, store.trials().label, strict=True)) == {
+        "t0": before[0],
+        "t1": "a name of its own",
+    }
+    assert {state.trial_id: state.label for state in store.states()}["t1"] == "a name of its own"
+    assert {r.trial_id: r.label for r in store.records([TrialRecord])}["t1"] == "a name of its own"
+    store.show_labels({})
+    assert store.trials().label.tolist() == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_file_is_explained(tmp_path):
     path = tmp_path / "results.db"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -133,6 +135,51 @@ def test_a_chunk_that_was_stopped_ends_as_if_it_had_not_been(kind, stop_after, m
     assert repr(chunk.metrics) == repr(expected.metrics)  # nan equals nan
     assert chunk.diverged == expected.diverged
     assert not any(name.startswith("trainer.open") for name in resumed.seed_state(0))
+
+
+@pytest.mark.parametrize("kind", [Counter, Alternating])
+@pytest.mark.parametrize("opened", [(0, 5), (5, 0), (0, 3), (4, 2)])
+def test_seeds_whose_chunks_began_at_different_steps_keep_their_own_means(
+    kind, opened, monkeypatch
+):
+    """Both are at step 5; 5 is one whose chunk has just ended."""
+    monkeypatch.setattr("harness.trainer.STOP_CHECK_S", -1.0)  # ask before every step
+
+    def state(seed, began):
+        trainer = Trainer(kind(1), None, [seed], CPU, False)
+        if began:
+            trainer.advance(began)
+        if began < 5:
+            assert trainer.advance(9, lambda: trainer.steps_done == 5) is None
+        return trainer.seed_state(0)
+
+    states = [state(seed, began) for seed, began in enumerate(opened)]
+    joined = Trainer(kind(2), None, [0, 1], CPU, False)
+    joined.load_seed_states(states)
+    kept = [joined.seed_state(i) for i in range(2)]  # as it is while the chunk is open
+    again = Trainer(kind(2), None, [0, 1], CPU, False)
+    again.load_seed_states(kept)
+    chunks = [joined.advance(3), again.advance(3)]
+    for seed in range(2):
+        alone = Trainer(kind(1), None, [seed], CPU, False)
+        alone.load_seed_states([states[seed]])
+        expected = {name: mean for name, (mean,) in alone.advance(3).metrics.items()}
+        for chunk in chunks:
+            assert {name: means[seed] for name, means in chunk.metrics.items()} == expected
+            assert chunk.diverged == {}
+
+
+def test_a_metric_that_one_seeds_part_of_a_chunk_has_not_is_nan_for_it(monkeypatch):
+    monkeypatch.setattr("harness.trainer.STOP_CHECK_S", -1.0)
+    early, late = (Trainer(Alternating(1), None, [seed], CPU, False) for seed in (0, 1))
+    assert early.advance(9, lambda: early.steps_done == 4) is None
+    late.advance(4)
+    joined = Trainer(Alternating(2), None, [0, 1], CPU, False)
+    joined.load_seed_states([early.seed_state(0), late.seed_state(0)])
+    metrics = joined.advance(1).metrics
+    assert metrics["loss"] == [3.0, 5.0]
+    assert metrics["rare"][0] == 2.0  # (0 + 4) / 2
+    assert math.isnan(metrics["rare"][1])
 
 
 def make_trainer(bandit, seeds, compile_step=False, name="bc", **config):

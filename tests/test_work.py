@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from harness import cli
 from harness.home import Home
+from harness.plan import make_plan
 from harness.spec import load_experiment
 from harness.work import Shard, work
 from results.store import Store
@@ -74,6 +77,15 @@ def test_stacks_are_made_smaller_where_there_are_more_shares(spec, count, overri
 def test_impossible_shares_are_refused(text):
     with pytest.raises(ValueError, match="expected INDEX/COUNT"):
         Shard.parse(text)
+
+
+def test_the_command_counts_stacks(spec, tmp_path):
+    """Five seeds in stacks of at most two."""
+    arguments = ["work", str(spec), "algorithms=[bc]", "--home", str(tmp_path / "home")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == cli.OK, result.output
+    counts = [line.partition(" ")[0] for line in result.output.splitlines() if line[0] == "["]
+    assert counts == ["[1/3]", "[2/3]", "[3/3]"]
 
 
 def test_shares_leave_what_a_sweep_takes_in_without_training(spec, tmp_path):
@@ -144,3 +156,48 @@ def test_rows_of_another_experiments_evaluation_of_the_same_training_do_not_stop
     assert inline.sweep(spec, home.root).trained == 0
     with Store.open(home.database_url()) as store:
         assert len(store.runs()) == 20
+
+
+def test_a_sweep_leaves_the_rows_of_another_experiment_where_its_own_sweep_finds_them(
+    spec, tmp_path
+):
+    home = Home.find(tmp_path / "home")
+    do(spec, home, "0/1", tmp_path / "stop")
+    text = spec.read_text()
+    spec.write_text(text.replace("episodes: 2", "episodes: 3"))
+    other = inline.sweep(spec, home.root)
+    assert other.ok
+    assert other.trained == 6
+    spec.write_text(text)
+    assert inline.sweep(spec, home.root).trained == 0
+    with Store.open(home.database_url()) as store:
+        assert len(store.runs()) == 20
+
+
+def test_sweeps_with_databases_of_their_own_may_share_a_home(spec, tmp_path, monkeypatch):
+    """The second finds an artifact whose run its database does not have."""
+    for name, episodes in (("a", 2), ("b", 3)):
+        monkeypatch.setenv("HARNESS_DB", f"sqlite:///{tmp_path / name}.db")
+        overrides = ["seeds=0-1", f"evaluation.episodes={episodes}"]
+        first, again = (inline.sweep(spec, tmp_path / "home", overrides) for _ in range(2))
+        assert first.ok
+        assert (first.trained, again.trained) == (2, 0)
+        with Store.open(f"sqlite:///{tmp_path / name}.db") as store:
+            assert set(store.evaluations().groupby("run_id").size()) == {2 * episodes}
+
+
+def test_a_share_trains_nothing_that_a_sweep_finished_since_it_was_planned(
+    spec, tmp_path, monkeypatch
+):
+    home = Home.find(tmp_path / "home")
+
+    def make_plan_early(*arguments, **options):
+        plan = make_plan(*arguments, **options)
+        assert inline.sweep(spec, home.root).ok
+        return plan
+
+    monkeypatch.setattr("harness.work.make_plan", make_plan_early)
+    with Store.open(home.database_url()) as store:
+        done, ended = do(spec, home, "0/1", tmp_path / "stop", store)
+        assert {len(found) for found in store.runs()["segments"]} == {1}
+    assert (done.stacks, done.failed, set(ended)) == (0, {}, {"done by another process"})

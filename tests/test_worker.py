@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import subprocess
 import sys
 import weakref
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_catalog import PLUGIN
 
 from harness import datasets, worker
 from harness.artifacts import ArtifactStore
@@ -19,7 +21,9 @@ from harness.home import Home
 from harness.plan import checkpoint_steps, make_plan
 from harness.spec import load_experiment
 from harness.spool import Spool, read
+from harness.sweep import clean_up
 from harness.trainer import Trainer
+from harness.work import work
 from harness.worker import Job, StackBusyError, run_stack
 from results.records import EvalRecord, MetricRecord, RunRecord
 from tests import inline
@@ -175,6 +179,26 @@ def test_a_stack_stopped_within_an_evaluation_evaluates_first_when_it_continues(
     assert inline.rows(parts) == inline.rows(whole)
 
 
+def test_seeds_that_continue_together_are_evaluated_first_if_one_of_them_was_not(
+    spec, tmp_path, monkeypatch
+):
+    """Both have a checkpoint at step 20, seed 0 from after the evaluation, seed 1 from before."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert inline.sweep(spec, whole, ["seeds=0-1"]).ok
+    home, stop = Home.find(parts), tmp_path / "stop"
+    job = job_of(spec, home, ["seeds=0"], stop_file=stop)
+    after = lambda progress: stop.touch() if progress.step == 25 else None  # noqa: E731
+    assert run_stack(job, after) == "interrupted"
+    stop.unlink()
+    job = job_of(spec, home, ["seeds=1"], stop_file=stop)
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.worker.STOP_CHECK_S", -1.0)
+        before = lambda progress: stop.touch() if progress.phase == "evaluate" else None  # noqa: E731
+        assert run_stack(job, before) == "interrupted"
+    assert inline.sweep(spec, parts, ["seeds=0-1"]).trained == 1
+    assert inline.rows(parts) == inline.rows(whole)
+
+
 def test_the_same_sweep_again_runs_nothing_and_more_seeds_run_only_those(spec, tmp_path):
     first = inline.sweep(spec, tmp_path / "home")
     again = inline.sweep(spec, tmp_path / "home")
@@ -229,6 +253,64 @@ def test_a_diverged_seed_is_a_result_and_the_others_go_on_unchanged(spec, tmp_pa
         assert sorted(store.runs()["attempt"]) == [1, 1, 1, 2]
 
 
+def test_a_seed_whose_environment_fails_does_not_take_the_others_along(spec, tmp_path, monkeypatch):
+    inline.sweep(spec, tmp_path / "whole")
+    step = Evaluator._step
+
+    def unwell(evaluator, slot, action):
+        (k,) = (k for k, row in enumerate(evaluator.slots) if any(slot is own for own in row))
+        if evaluator._seeds[k] == 1:
+            raise ValueError("the simulator is in a bad state")
+        return step(evaluator, slot, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "_step", unwell)
+        first = inline.sweep(spec, tmp_path / "home")
+        alone = inline.sweep(spec, tmp_path / "home")
+    for summary in (first, alone):
+        assert sorted(summary.statuses.values()) == ["done", "done", "failed"]
+        (error,) = (summary.errors[i] for i, s in summary.statuses.items() if s == "failed")
+        last = error.strip().splitlines()[-1]
+        assert re.search(
+            r"EvaluationError: seed 1: .* failed twice in episode 0 .* bad state", last
+        )
+    assert inline.sweep(spec, tmp_path / "home").ok
+    assert inline.rows(tmp_path / "home") == inline.rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("first", ["sweep", "work"])
+def test_a_trial_whose_earlier_stage_diverges_has_diverged(spec, tmp_path, monkeypatch, first):
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    overrides, home = ["algorithms=[two_stage]"], Home.find(tmp_path / "home")
+    assert inline.sweep(spec, tmp_path / "whole", overrides).ok
+    advance = Trainer.advance
+
+    def poisoned(trainer, *arguments):
+        if type(trainer.learner).__name__ == "Linear" and trainer.steps_done == 10:
+            trainer.learner.weight[trainer.seeds == 1] = torch.nan
+        return advance(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "advance", poisoned)
+        if first == "sweep":
+            assert inline.sweep(spec, home.root, overrides).trained == 3
+        else:
+            told = lambda *arguments: None  # noqa: E731
+            work(load_experiment(spec, overrides), home, None, told, told, tmp_path / "stop")
+    summary = inline.sweep(spec, home.root, overrides)
+    assert summary.trained == 0
+    assert sorted(summary.statuses.values()) == ["diverged", "done", "done"]
+    (error,) = summary.errors.values()
+    assert error.startswith("stage 'teacher' of seed 1, which it needs: loss is not finite at step")
+    assert error.endswith("last good checkpoint: step 10")
+    retried = inline.sweep(spec, home.root, overrides, retry=("failed", "diverged"))
+    assert retried.ok
+    values = [{row[1:] for row in inline.rows(r)["evals"]} for r in (home.root, tmp_path / "whole")]
+    assert values[0] == values[1]
+    with inline.Store.open(home.database_url()) as store:
+        assert sorted(store.runs()["attempt"]) == [1, 1, 1, 2]
+
+
 def test_a_crash_is_recorded_with_its_traceback_and_retried_by_the_next_sweep(
     spec, tmp_path, monkeypatch
 ):
@@ -253,6 +335,21 @@ def test_a_stack_in_use_is_refused(spec, tmp_path, monkeypatch):
         pytest.raises(StackBusyError, match="another process is working in"),
     ):
         run_stack(job, lambda progress: None)
+
+
+def test_what_a_process_is_at_is_not_cleaned_up(spec, tmp_path):
+    home = Home.find(tmp_path / "home")
+    job = job_of(spec, home)
+    ids, seen = [stage.id for stage in job.stack.stages], set()
+
+    def clean_up_beside(progress):
+        clean_up(home, ids)
+        seen.update(path.name for i in ids for path in home.stage(i).iterdir())
+
+    assert run_stack(job, clean_up_beside) == "done"
+    assert {"spool.jsonl", "checkpoints"} <= seen
+    clean_up(home, ids)
+    assert [path.name for i in ids for path in home.stage(i).iterdir()] == ["lock"] * 3
 
 
 def test_changed_data_are_noticed_before_training(spec, tmp_path, monkeypatch):
@@ -288,23 +385,66 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(spec, tmp_path):
         run_stack(job, lambda progress: None)
 
 
-def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path):
+def lose_the_last_row(home: Home, job: Job) -> None:
+    """As if the process had been killed between the artifact and the row that calls it done."""
+    for stage in job.stack.stages:
+        records = list(read(home.spool(stage.id)))
+        home.spool(stage.id).unlink()
+        with Spool(home.spool(stage.id)) as spool:
+            spool.append(records[:-1])
+
+
+def killed(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "and again while evaluating"])
+def test_a_killed_publish_is_finished_by_evaluating_only(spec, tmp_path, monkeypatch, again):
     """The artifact is there, the run is not done: nothing is trained again."""
     whole, home_path = tmp_path / "whole", tmp_path / "home"
     inline.sweep(spec, whole)
     home = Home.find(home_path)
     job = job_of(spec, home)
     run_stack(job, lambda progress: None)
-    for stage in job.stack.stages:  # as if killed just before the last row
-        records = list(read(home.spool(stage.id)))
-        home.spool(stage.id).unlink()
-        with Spool(home.spool(stage.id)) as spool:
-            spool.append(records[:-1])
+    lose_the_last_row(home, job)
+    if again:
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluator, "run", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_stack(job, lambda progress: None)
     phases = []
     assert run_stack(job, lambda progress: phases.append(progress.phase)) == "done"
     assert "train" not in phases
     assert inline.sweep(spec, home_path).trained == 0
     assert inline.rows(home_path) == inline.rows(whole)
+
+
+def test_a_stage_that_was_published_before_a_kill_is_not_trained_again(spec, tmp_path, monkeypatch):
+    """Of a stage that others need, which has no rows: its artifact alone tells."""
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    job = job_of(spec, Home.find(tmp_path / "home"), ["algorithms=[two_stage]"])
+    assert job.stack.seeds == (0, 1, 2)
+    publish, published = worker._publish, []
+
+    def killed_after_two(job, stage, *arguments):
+        if len(published) == 2:
+            raise KeyboardInterrupt
+        published.append(stage.seed)
+        publish(job, stage, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_publish", killed_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            run_stack(job, lambda progress: None)
+    advance, trained = Trainer.advance, set()
+
+    def noted(trainer, *arguments):
+        trained.add(tuple(trainer.seeds.tolist()))
+        return advance(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "advance", noted)
+    assert run_stack(job, lambda progress: None) == "done"
+    assert (published, trained) == ([0, 1], {(2,)})
 
 
 @pytest.mark.parametrize("asked", [False, True])
@@ -324,11 +464,7 @@ def test_a_compiled_run_compiles_acting_if_asked_also_when_it_is_finished_later(
     home = Home.find(tmp_path / "home")
     job = job_of(spec, home, ["steps=20", "run.compile=on", f"run.compile_act={asked}"])
     run_stack(job, lambda progress: None)
-    for stage in job.stack.stages:  # as if killed just before the last row
-        records = list(read(home.spool(stage.id)))
-        home.spool(stage.id).unlink()
-        with Spool(home.spool(stage.id)) as spool:
-            spool.append(records[:-1])
+    lose_the_last_row(home, job)
     run_stack(job, lambda progress: None)
     assert modes == [asked] * 2
     for stage in job.stack.stages:

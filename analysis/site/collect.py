@@ -16,7 +16,7 @@ from analysis import leaderboard, stats
 from analysis.comparison import Rank
 from analysis.curves import Curve, mean_curves
 from analysis.leaderboard import Leaderboard, MethodRow
-from analysis.load import Cell, Task, evaluation_frame, latency_frame
+from analysis.load import Cell, Task, evaluation_frame, latency_frame, trials_to_show
 from analysis.tracks import Track, slug, split
 from results.schema import canonical_json
 
@@ -182,10 +182,7 @@ def collect(
         ValueError: if there is nothing to show, or the rule is unknown.
     """
     ids = None if trial_ids is None else list(trial_ids)
-    trials = store.trials(ids)
-    runs = store.runs(ids)
-    if ids is None:
-        trials = trials[trials.trial_id.isin(runs.trial_id)]
+    trials, runs = trials_to_show(store, ids), store.runs(ids)
     if runs.empty:
         raise ValueError("no run to show; run a sweep first, or check `harness status`")
     attempts = _by(runs, "trial_id")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -158,7 +159,7 @@ class _Writer:
             for row in track.rows:
                 rows.setdefault(row.algorithm, []).append((track, row))
         for name, found in rows.items():
-            self.page("algorithm.html", f"algorithms/{name}.html", name=name, rows=found)
+            self.page("algorithm.html", algorithm_page(name), name=name, rows=found)
 
     def cells(self) -> None:
         for track in self.content.tracks:
@@ -247,6 +248,11 @@ def dataset_page(dataset_id: str) -> str:
     return f"datasets/{slug(dataset_id)}.html"
 
 
+def algorithm_page(name: str) -> str:
+    """Names of foreign code may hold anything."""
+    return f"algorithms/{name if re.fullmatch(r'[A-Za-z0-9_.-]+', name) else slug(name)}.html"
+
+
 def row_id(row: RowView, track: TrackView) -> str:
     """The anchor of a row on its algorithm's page."""
     return slug(row.board.method, track.key.slug)
@@ -265,6 +271,7 @@ def _environment(content: Content) -> Environment:
     made.globals["content"] = content
     made.filters |= {
         "bar": lambda found, span: svg.interval_bar(found.value, found.low, found.high, span),
+        "algorithm_page": algorithm_page,
         "dataset_page": lambda task: dataset_page(task.dataset_id),
         "estimate": _estimate,
         "exact": lambda value: f"{value:.6g}",

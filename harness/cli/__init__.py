@@ -22,7 +22,7 @@ from harness.cli.exit_codes import (
     USAGE,
     exit_code,
 )
-from harness.cli.printing import errors
+from harness.cli.printing import errors, styled
 
 __all__ = [
     "ENVIRONMENT",
@@ -90,7 +90,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         if os.environ.get("HARNESS_DEBUG"):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        errors.print(f"[red]error[/red] {text}", highlight=False, soft_wrap=True)
+        errors.print(styled("error", "red", f" {text}"), highlight=False, soft_wrap=True)
         if isinstance(error, BUGS):
             what = type(error).__name__
             errors.print(f"{what}: this is a bug; HARNESS_DEBUG=1 shows where", highlight=False)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from harness.cli.exit_codes import ENVIRONMENT
 from harness.cli.options import DatabaseOption, HomeOption, JsonOption
-from harness.cli.printing import console, print_checks
+from harness.cli.printing import console, print_checks, styled
 
 
 def algorithms(
@@ -31,13 +31,13 @@ def algorithms(
             shown = {"name": name, "revision": recipe.revision, "config": defaults}
             print(json.dumps({**shown, "presets": presets}))
             return
-        console.print(f"[bold]{name}[/bold] revision {recipe.revision}: {recipe.summary}")
+        console.print(styled(name, "bold", f" revision {recipe.revision}: {recipe.summary}"))
         table = Table("field", "default", "type")
         for item in dataclasses.fields(recipe.config):
             table.add_row(item.name, repr(defaults[item.name]), type_name(item.type))
         console.print(table)
         for preset, source in presets.items():
-            console.print(f"[bold]preset {preset}[/bold]: {source}")
+            console.print(styled(f"preset {preset}", "bold", f": {source}"))
         return
     rows = [(recipe.name, recipe) for recipe in map(registry.get, registry.names())]
     if as_json:

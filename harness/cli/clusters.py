@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,8 +41,8 @@ def slurm(
     resources = Resources(nodes, time, cpus, gpus, mem, partition, account)
     found = Home.find(home)
     program = str(Path(sys.executable).parent / "harness")
-    rest = [str(spec.resolve()), *(overrides or []), "--home", str(found.root)]
-    rest += ["--db", db] if db else []
+    where = ["--home", str(found.root), *(["--db", db] if db else [])]
+    rest = [str(spec.resolve()), *(overrides or []), *where]
     name = experiment.name
     if array:
         script = array_script(name, [program, "work", *rest], array, resources, found.root)
@@ -51,9 +52,9 @@ def slurm(
     path.write_text(script, encoding="utf-8")
     console.print(f"{path}: submit with `sbatch {path}`", highlight=False, soft_wrap=True)
     if array:
+        then = shlex.join(["harness", "sweep", str(spec), *(overrides or []), *where])
         console.print(
-            "when it has ended, take the rows into the database and finish what is left: "
-            f"harness sweep {spec} --home {found.root}",
+            f"when it has ended, take the rows into the database and finish what is left: {then}",
             highlight=False,
             soft_wrap=True,
         )
@@ -62,12 +63,10 @@ def slurm(
 @cluster_app.command("up")
 def cluster_up(
     nodes: Annotated[int, typer.Option(help="Nodes, with the head.")] = 2,
-    cpus: Annotated[int, typer.Option(help="CPUs of each [the machine's, shared].")] = 0,
+    cpus: Annotated[int, typer.Option(help="CPUs of each; 0: the machine's, shared.")] = 0,
     home: HomeOption = None,
 ) -> None:
     """Start a local cluster and print what to export; sweeps then run on it."""
-    import shlex
-
     from harness import cluster
     from harness.home import Home
 

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from harness.cli.exit_codes import USAGE
 from harness.cli.options import JsonOption, OverwriteOption
+from harness.cli.printing import console, errors
 
 app = typer.Typer(help="Datasets: list, inspect, check, make, import, download.")
 
@@ -46,18 +47,17 @@ def _told() -> Iterator[None]:
 @contextmanager
 def _progress(what: str, total: int | None, unit: str = "steps") -> Iterator[Any]:
     """A rich progress bar on stderr, so that stdout stays for data."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     amount: Any = (
         DownloadColumn() if unit == "bytes" else TextColumn("{task.completed:,.0f} " + unit)
     )
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         amount,
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=errors,
     ) as bar:
         task = bar.add_task(what, total=total)
         yield bar, task
@@ -272,7 +272,7 @@ def make_navigation1d_(
     seed: Annotated[int, typer.Option(help="Same seed, same data.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="In episodes of 20.", min=20)] = 10_000,
     dataset_id: Annotated[
-        str | None, typer.Option("--id", help="Dataset id [generated/navigation1d/<kind>-v0].")
+        str | None, typer.Option("--id", help="Dataset id; none: generated/navigation1d/<kind>-v0.")
     ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -382,7 +382,6 @@ def _print_json(content: Any) -> None:
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, show_header=any(columns))
@@ -390,7 +389,7 @@ def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console.print(table)
 
 
 def _count(stored: Any, published: Any, key: str) -> int | None:

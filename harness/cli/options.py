@@ -11,6 +11,7 @@ from harness.cli.printing import errors
 
 if TYPE_CHECKING:
     from harness.home import Home
+    from harness.spec import Experiment
     from results.store import Store
 
 HomeOption = Annotated[
@@ -93,10 +94,17 @@ def shipped_archives(home: Home, db: str | None, spec: Path | None) -> list[Path
     return found
 
 
-def trial_ids_of(spec: Path | None, overrides: list[str] | None) -> list[str] | None:
-    """Ids of a spec's trials, or None for all trials of the database."""
+def choose_trials(store: Store, spec: Path | None, overrides: list[str] | None) -> list[str] | None:
+    """Ids of a spec's trials, which `store` then shows under the spec's labels; None for all."""
     if spec is None:
         return None
     from harness.spec import load_experiment
 
-    return [trial.id for trial in load_experiment(spec, overrides or []).trials]
+    return show_trials(store, load_experiment(spec, overrides or []))
+
+
+def show_trials(store: Store, experiment: Experiment) -> list[str]:
+    """Ids of an experiment's trials, which `store` shows under its labels from now on."""
+    labels = {trial.id: trial.label for trial in experiment.trials}
+    store.show_labels(labels)
+    return list(labels)

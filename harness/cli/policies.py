@@ -142,7 +142,7 @@ def latency(
     registry = Registry()
     with store, counted(errors) as report:
         trained, left_out = policies.named(names, store, found, registry, partial)
-        loader = policies.Loader(found, registry, resolve_device(device))
+        loader = policies.Loader(registry, resolve_device(device))
         records = measure(
             trained,
             loader,
@@ -235,7 +235,7 @@ def export(
     registry = Registry()
     with store:
         trained, left_out = policies.named(names, store, found, registry, partial)
-    loader = policies.Loader(found, registry, resolve_device("cpu"))
+    loader = policies.Loader(registry, resolve_device("cpu"))
     exported = []
     with counted(errors) as report:
         for place, each in enumerate(trained):

@@ -1,4 +1,8 @@
-"""The two consoles, and what several commands print: tables, paths, what was left out, checks."""
+"""The two consoles, and what several commands print: tables, paths, what was left out, checks.
+
+What is printed is shown as it is: it holds names, paths and errors of others, in which `[x]` is no
+style and `:x:` no emoji. What is to have a style is a `Text`, such as `styled` makes.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from harness.preflight import Check
 
-console = Console()
-errors = Console(stderr=True)
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
+
+
+def styled(start: str, style: str, rest: str = "") -> Text:
+    """Text whose start has a style."""
+    return Text.assemble((start, style), rest)
 
 
 def print_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> None:
@@ -48,11 +57,7 @@ def print_checks(checks: list[Check]) -> None:
     if not checks:
         return
     table = Table("check", "", "what was found")
-    marks = {
-        "ok": "[green]ok[/green]",
-        "note": "[yellow]note[/yellow]",
-        "bad": "[red]bad[/red]",
-    }
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
     for item in checks:
-        table.add_row(escape(item.name), marks[item.state], escape(item.text))
+        table.add_row(item.name, styled(item.state, colours[item.state]), item.text)
     console.print(table)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from harness.cli.options import (
     DatabaseOption,
@@ -21,10 +20,11 @@ from harness.cli.options import (
     OverridesArgument,
     SelectOption,
     SpecArgument,
+    choose_trials,
     open_store,
     open_to_read,
     shipped_archives,
-    trial_ids_of,
+    show_trials,
 )
 from harness.cli.printing import console, print_paths, print_table
 
@@ -63,7 +63,7 @@ def leaderboard(
             return
     _, store = open_to_read(home, db, spec)
     with store:
-        ids = trial_ids_of(spec, overrides)
+        ids = choose_trials(store, spec, overrides)
         if html is None:
             print_leaderboard(store, ids, select, output_format, seed, interval)
             return
@@ -125,7 +125,7 @@ def table(
 
     _, store = open_to_read(home, db, spec)
     with store:
-        made = dataset_tables.make(store, trial_ids_of(spec, overrides), select, seed)
+        made = dataset_tables.make(store, choose_trials(store, spec, overrides), select, seed)
     print(dataset_tables.render(made, output_format))
 
 
@@ -144,7 +144,7 @@ def figures(
     """Learning curves, aggregate intervals and more, with their sources beside them."""
     found, store = open_to_read(home, db, spec)
     with store:
-        ids = trial_ids_of(spec, overrides)
+        ids = choose_trials(store, spec, overrides)
         if not style:
             draw_figures(store, out or found.figures, ids, select, seed)
             return
@@ -189,7 +189,7 @@ def claims(
             stated, ids = claims_of(spec, overrides or []), None
         else:
             experiment = load_experiment(spec, overrides or [])
-            stated, ids = experiment.claims, [trial.id for trial in experiment.trials]
+            stated, ids = experiment.claims, show_trials(store, experiment)
         built = report.build(store, stated, ids, select)
     paths = report.write(built, out or found.root / "claims" / spec.stem)
     if as_json:
@@ -200,7 +200,7 @@ def claims(
         print_table(report.HEADER[1:], body)
     console.print(report.caption(built), style="dim", highlight=False)
     for note in built.notes:
-        console.print(f"! {escape(note)}", style="yellow", highlight=False)
+        console.print(f"! {note}", style="yellow", highlight=False)
     print_paths(paths)
 
 
@@ -239,7 +239,7 @@ def archive(
 
     _, store = open_store(home, db)
     with store:
-        count = archives.write(store, out, trial_ids_of(spec, overrides))
+        count = archives.write(store, out, choose_trials(store, spec, overrides))
     console.print(f"{count} rows in {out}")
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.exit_codes import SOME_FAILED
@@ -16,6 +15,7 @@ from harness.cli.options import (
     OverridesArgument,
     open_store,
     open_to_read,
+    show_trials,
 )
 from harness.cli.printing import console, errors
 from harness.cli.reading import draw_figures, print_leaderboard
@@ -78,11 +78,11 @@ def reproduce(
     for column in table.columns:
         column.overflow = "fold"
     for row in verdicts.rows(report):
-        table.add_row(*map(escape, row), end_section=True)
+        table.add_row(*row, end_section=True)
     console.print(table)
     console.print(verdicts.caption(report), style="dim", highlight=False)
     for note in report.notes:
-        console.print(f"! {escape(note)}", style="yellow", highlight=False)
+        console.print(f"! {note}", style="yellow", highlight=False)
 
 
 def _reproduce(
@@ -112,9 +112,9 @@ def _reproduce(
         OmegaConf.to_yaml(OmegaConf.create(dict(experiment.source))),
         f"harness reproduce {reproduction.SPEC} --out .",
     )
-    ids = [trial.id for trial in experiment.trials]
     _, store = open_store(home, db)
     with store:
+        ids = show_trials(store, experiment)
         path = reproduction.write(
             store, folder, ids, request, published_settings, experiment.claims, margin=margin
         )
@@ -137,9 +137,9 @@ def quickstart(
     _make_quickstart_data()
     experiment = load_experiment(spec, overrides or [])
     failure = _swept(experiment, home, db)
-    ids = [trial.id for trial in experiment.trials]
     found, store = open_store(home, db)
     with store:
+        ids = show_trials(store, experiment)
         print_leaderboard(store, ids, "last", "rich", 0)
         console.print("figures:")
         draw_figures(store, found.figures, ids, "last", 0)

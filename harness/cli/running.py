@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from harness.cli.exit_codes import ENVIRONMENT, INTERRUPTED, SOME_FAILED
@@ -18,10 +19,11 @@ from harness.cli.options import (
     OptionalSpec,
     OverridesArgument,
     SpecArgument,
+    choose_trials,
     open_store,
-    trial_ids_of,
 )
-from harness.cli.printing import console, errors, print_checks
+from harness.cli.printing import console, errors, print_checks, styled
+from harness.stopping import signals_interrupt
 
 if TYPE_CHECKING:
     from harness.preflight import Check
@@ -30,6 +32,18 @@ if TYPE_CHECKING:
 CONTINUES = "the same command continues from the last checkpoints"
 
 
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A signal is an interruption from the first line of a command to its last."""
+    try:
+        with signals_interrupt():
+            yield
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; {CONTINUES}")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@_stoppable()
 def sweep(
     spec: SpecArgument,
     overrides: OverridesArgument = None,
@@ -59,7 +73,9 @@ def sweep_experiment(
     as_json: bool,
 ) -> None:
     """Plans, checks and runs an experiment; leaves by `typer.Exit` unless all went well."""
+    from harness.artifacts import ArtifactStore
     from harness.display import Display
+    from harness.memory import Capacity
     from harness.plan import measured_rates
     from harness.preflight import Probe, check, described
     from harness.registry import Registry
@@ -72,7 +88,8 @@ def sweep_experiment(
         planned = plan_sweep(
             experiment, store, found, retry=retry, register=not dry_run, probe=probe
         )
-        plan = planned.describe(measured_rates(store))
+        slots = Capacity.of(experiment.run).slots
+        plan = planned.describe(measured_rates(store), slots)
         if dry_run:
             checks = check(planned, store, found, probe)
             _print_plan(described(plan, planned, probe), checks, as_json)
@@ -81,6 +98,8 @@ def sweep_experiment(
             return
         if not as_json:
             _print_plan_line(plan)
+
+        ArtifactStore(found.artifacts).clean()
 
         def run_queue(queue: Any, on_interrupt: Any) -> None:
             from harness import tune
@@ -108,12 +127,11 @@ def _print_plan_line(plan: dict[str, Any]) -> None:
     from harness.plan import duration, numbered
 
     counts = plan["counts"]
-    trials = numbered(counts["trials"], "trial")
-    text = f"[bold]{plan['name']}[/bold]: {trials}, {counts['trials_done']} done"
+    text = f": {numbered(counts['trials'], 'trial')}, {counts['trials_done']} done"
     if counts["stacks"]:
         stacks = numbered(counts["stacks"], "stack")
         text += f", {stacks} to run; training left: {duration(plan['seconds'])}"
-    console.print(text, highlight=False)
+    console.print(styled(plan["name"], "bold", text), highlight=False)
 
 
 def _print_plan(plan: dict[str, Any], checks: list[Check], as_json: bool) -> None:
@@ -136,14 +154,15 @@ def _print_summary(summary: Any, url: str) -> None:
     console.print(f"{counts} ({what} in {summary.seconds:.0f} s)", highlight=False)
     for trial_id, error in sorted(summary.errors.items()):
         if summary.statuses[trial_id] != "done":
-            status = f"[red]{summary.statuses[trial_id]}[/red]"
-            console.print(f"  {trial_id[:12]} {status}: {_last_line(error)}", highlight=False)
+            line = styled(summary.statuses[trial_id], "red", f": {_last_line(error)}")
+            console.print(f"  {trial_id[:12]}", line, highlight=False)
     console.print(f"database: {url}", highlight=False, soft_wrap=True)
     commit, dirty = git_state()
     if dirty:
         errors.print(
-            f"[yellow]note[/yellow] the harness's code differs from commit {commit[:12]}: "
-            "these runs are recorded as dirty"
+            styled("note", "yellow"),
+            f"the harness's code differs from commit {commit[:12]}: these runs are recorded as "
+            "dirty",
         )
     if summary.interrupted:
         console.print(f"interrupted; {CONTINUES}")
@@ -152,9 +171,10 @@ def _print_summary(summary: Any, url: str) -> None:
 def _last_line(error: str | None) -> str:
     """The line of a traceback that says what happened."""
     lines = (error or "").strip().splitlines()
-    return escape(lines[-1]) if lines else "no reason was recorded"
+    return lines[-1] if lines else "no reason was recorded"
 
 
+@_stoppable()
 def work(
     spec: SpecArgument,
     overrides: OverridesArgument = None,
@@ -183,7 +203,11 @@ def work(
         return
     found = Home.find(home).shared(experiment.run.storage)
     store = Store.open(found.database_url(db)) if found.has_database(db) else None
-    display = Display(console, len({trial.variant_id for trial in experiment.trials}))
+    display = Display(console, 0)
+
+    def planned(stacks: int) -> None:
+        display.total = stacks
+
     with (
         stop_on_signals(found.stop_file()) as stop_file,
         display,
@@ -197,6 +221,7 @@ def work(
             ),
             lambda stack, text: display.end(stack.id, f"{title(stack)}: {text}"),
             stop_file,
+            planned=planned,
         )
     so_far = (
         f"shard {shard}: {numbered(len(experiment.trials), 'trial')}, "
@@ -221,9 +246,9 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Where trials stand: done, running, failed, diverged, never run."""
-    ids = trial_ids_of(spec, overrides)
     _, store = open_store(home, db)
     with store:
+        ids = choose_trials(store, spec, overrides)
         states = store.states(ids)
     rows: dict[tuple[str, str, str], Counter[str]] = {}
     steps: Counter[tuple[str, str, str]] = Counter()

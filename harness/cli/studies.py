@@ -14,9 +14,9 @@ from harness.cli.options import (
     JsonOption,
     OptionalSpec,
     OverridesArgument,
+    choose_trials,
     open_store,
     open_to_read,
-    trial_ids_of,
 )
 from harness.cli.printing import console, errors, print_numbers, print_paths, print_table
 
@@ -127,7 +127,7 @@ def modes(
 
     _, store = open_to_read(home, db, spec)
     with store:
-        built = report.build(store, trial_ids_of(spec, overrides), count, seed)
+        built = report.build(store, choose_trials(store, spec, overrides), count, seed)
     paths = report.write(built, out)
     if as_json:
         print_numbers(built.numbers, paths)

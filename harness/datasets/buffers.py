@@ -95,7 +95,7 @@ class TransitionDataset:
         Args:
             held_out: the held-out episodes, with the rewards' transform of the others.
         Raises:
-            DatasetError: if no transition is left, or a reward transform is undefined.
+            DatasetError: if no transition is left or held out, or a reward transform is undefined.
         """
         episodes, others = _episodes(raw, data)
         if held_out and not len(others):
@@ -103,19 +103,13 @@ class TransitionDataset:
                 f"dataset {raw.id!r}: no episode is held out. Train with data.held_out, for "
                 "example 0.1"
             )
-        keep = _kept_steps(raw, data, episodes)
-        steps = np.flatnonzero(keep)
-        if not len(steps):
-            raise DatasetError(
-                f"dataset {raw.id!r}: no transition is left: every episode is one truncated step "
-                "and data.truncated_last_step is 'drop'; set it to 'keep'"
-            )
+        steps = _kept_steps(raw, data, episodes, "every episode")
         _refuse_lost_rewards(raw, data, episodes, steps)
         episode_of_step = raw.episode_of_step
         transform = _reward_transform(raw, data, steps)
         if held_out:
             episodes = others
-            steps = np.flatnonzero(_kept_steps(raw, data, episodes))
+            steps = _kept_steps(raw, data, episodes, "every episode that is held out")
         rows = steps + episode_of_step[steps]  # episode e has e extra observations before it
         reward = transform(raw.reward[steps])
         obs = raw.obs[rows]
@@ -386,13 +380,25 @@ def _episodes(raw: RawDataset, data: DataSpec) -> tuple[np.ndarray, np.ndarray]:
     return kept, np.flatnonzero(held)
 
 
-def _kept_steps(raw: RawDataset, data: DataSpec, episodes: np.ndarray) -> np.ndarray:
-    """Mask of the steps a learner can draw, bool [S]."""
+def _kept_steps(raw: RawDataset, data: DataSpec, episodes: np.ndarray, named: str) -> np.ndarray:
+    """Indices of the steps of some episodes that can be drawn, ascending.
+
+    Args:
+        named: what the episodes are, for the error.
+    Raises:
+        DatasetError: if there is none.
+    """
     keep = np.isin(raw.episode_of_step, episodes)
     if data.truncated_last_step == "drop" and not raw.last_step_dropped:
         # As in D4RL, also where the step happens to be terminal.
         keep &= ~raw.truncated
-    return keep
+    steps = np.flatnonzero(keep)
+    if not len(steps):
+        raise DatasetError(
+            f"dataset {raw.id!r}: no transition is left: {named} is one truncated step and "
+            "data.truncated_last_step is 'drop'; set it to 'keep'"
+        )
+    return steps
 
 
 def _refuse_lost_rewards(

@@ -284,7 +284,7 @@ def _original(entry: DatasetEntry) -> DatasetEntry:
 
 def _references_from_metadata(entry: DatasetEntry, stored: Mapping[str, Any]) -> DatasetEntry:
     low, high = stored.get("ref_min_score"), stored.get("ref_max_score")
-    if low is None or high is None or not _is_number(low) or not _is_number(high):
+    if low is None or high is None or not _is_number(low) or not _is_number(high) or low >= high:
         return entry
     source = str(stored.get("harness_ref_source") or METADATA_SOURCE)
     if source == METADATA_SOURCE:

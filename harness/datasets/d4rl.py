@@ -62,6 +62,11 @@ def import_d4rl(
         columns["actions"] = np.clip(columns["actions"], -1.0, 1.0)
         notes["clipped_actions"] = clipped
     episodes, counts = _split(columns, infos, max_episode_steps, path, progress)
+    if not episodes:
+        raise DatasetError(
+            f"{path}: no transition is left: without next_observations the last one of a truncated "
+            "episode is dropped, and every episode has one step. Get a file with next_observations"
+        )
     return _write(dataset_id, episodes, columns, counts | notes, env_id, path, overwrite)
 
 
@@ -131,6 +136,12 @@ def _shaped(columns: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]
                 f"{path}: {key} has shape {columns[key].shape} and type {columns[key].dtype}; "
                 "expected floats [N, dim]"
             )
+    obs, next_obs = columns["observations"], columns.get("next_observations")
+    if next_obs is not None and next_obs.shape != obs.shape:
+        raise DatasetError(
+            f"{path}: next_observations has {next_obs.shape[1]} columns, observations "
+            f"{obs.shape[1]}; expected as many. The file is damaged; get it again"
+        )
     columns["terminals"] = columns["terminals"].astype(bool)
     if "timeouts" in columns:
         columns["timeouts"] = columns["timeouts"].astype(bool)
@@ -215,6 +226,8 @@ def _timeouts(terminals: np.ndarray, max_episode_steps: int | None) -> np.ndarra
 
 def _check_continuous(obs: np.ndarray, next_obs: np.ndarray, ends: np.ndarray, path: Path) -> None:
     """Minari stores one observation per moment, so successors must agree inside episodes."""
+    if len(obs) < 2:
+        return
     gap = np.abs(next_obs[:-1] - obs[1:]).max(axis=1)
     gap[ends[:-1]] = 0.0
     row = int(np.argmax(gap))

@@ -37,7 +37,7 @@ def pairs_of(raw: RawDataset) -> np.ndarray:
 
 
 def distinct_cells(pairs: np.ndarray, reference: np.ndarray) -> int:
-    """Cells of the reference's grid that hold at least one pair.
+    """Cells of the reference's grid that hold at least one pair; 1 if it has no axis that varies.
 
     Args:
         pairs: [S, D].
@@ -52,6 +52,8 @@ def distinct_cells(pairs: np.ndarray, reference: np.ndarray) -> int:
         )
     mean, std = reference.mean(axis=0), reference.std(axis=0)
     moving = std > 1e-9
+    if not moving.any():
+        return 1
     scaled = (reference[:, moving] - mean[moving]) / std[moving]
     _, components = np.linalg.eigh(np.cov(scaled, rowvar=False).reshape(moving.sum(), -1))
     axes = components[:, ::-1][:, :AXES]  # eigh sorts ascending
