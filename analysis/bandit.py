@@ -130,6 +130,11 @@ def load(path: Path) -> pd.DataFrame:
         label, seed = trials[trials > 1].index[0]
         raise ValueError(f"{path} has two trials of {label} seed {seed}; draw them apart")
     known = list(dict.fromkeys(label for row in PANELS for label, _ in row))
+    if not frame.label.isin(known).any():
+        raise ValueError(
+            f"{path} has none of the figure's labels {', '.join(known)}, which "
+            f"experiments/bandit2d.yaml gives; it has {', '.join(sorted(set(frame.label)))}"
+        )
     rank = frame.label.map(lambda label: known.index(label) if label in known else len(known))
     order = frame.assign(_rank=rank).sort_values(["_rank", "label", "seed", "draw"], kind="stable")
     return order.drop(columns="_rank").reset_index(drop=True)

@@ -160,11 +160,14 @@ def build(
     notes += _row_notes(rows)
     comparison = _compare(scores, rows, tasks, seed)
     ranked = comparison is not None
+    estimates = [each for row in rows if row.estimates for each in row.estimates.values()]
+    has_interval = any(each.low is not None for each in estimates)
+    shown = f" with 95 % {_INTERVALS[interval].format(reps=f'{reps:,}')}" if has_interval else ""
     return Leaderboard(
         rows=tuple(rows),
         aggregated=tuple(tasks),
         scores=scores,
-        caption=tuple(_caption(store, ids, scores, tasks, _INTERVALS[interval], reps, ranked)),
+        caption=tuple(_caption(store, ids, scores, tasks, shown, ranked)),
         notes=tuple(notes),
         seed=seed,
         reps=reps,
@@ -237,7 +240,6 @@ def _caption(
     scores: Scores,
     tasks: list[Task],
     interval: str,
-    reps: int,
     ranked: bool,
 ) -> list[str]:
     kind, count = parse_select(scores.select)
@@ -253,8 +255,7 @@ def _caption(
         "references",
         f"Score of a seed: {rule}",
         *_protocols(store, ids, scores),
-        f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'} with 95 % "
-        + interval.format(reps=f"{reps:,}"),
+        f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'}{interval}",
     ]
     if ranked:
         lines.append(
@@ -262,7 +263,9 @@ def _caption(
             "methods that share a letter do not differ significantly (probability of improvement, "
             f"exact permutation tests within tasks, Holm at {100 * ALPHA:g} %)"
         )
-    lines.append("Cells: mean ± sample standard deviation over seeds (number of seeds)")
+    spread = any(len(cell.scores) > 1 for cell in scores.cells.values())
+    what = "mean ± sample standard deviation over seeds" if spread else "score"
+    lines.append(f"Cells: {what} (number of seeds)")
     sources = sorted({task.ref_source or "unnamed" for task in tasks})
     if sources:
         lines.append(f"Reference returns: {'; '.join(sources)}")

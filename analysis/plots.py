@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL_INCHES = (3.6, 2.7)
+FEW_TICKS = 6
 COLUMNS = 3
 LINE_STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # for print
 SERIES_COLOURS = (
@@ -116,7 +117,7 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
     """
     figure_style()
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
     tasks = {task.name: task for task in board.tasks}
     names = [name for name in tasks if (frame.task == name).any()]
@@ -142,7 +143,10 @@ def learning_curves(frame: pd.DataFrame, board: Leaderboard, seed: int = 0) -> F
         axis.set_xlabel("gradient steps")
         axis.set_ylabel("normalised score x 100" if tasks[name].normalized else "episode return")
         axis.set_xlim(left=0)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        shown = [curves[key] for key in curves if key[1] == name]
+        steps = sorted({step for curve in shown for step in curve.steps})
+        few = 0 < len(steps) <= FEW_TICKS  # each evaluation has its tick
+        axis.xaxis.set_major_locator(FixedLocator(steps) if few else MaxNLocator(5, integer=True))
         axis.xaxis.set_major_formatter(FuncFormatter(step_label))
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
@@ -200,8 +204,9 @@ def _curve_caption(frame: pd.DataFrame, board: Leaderboard, width: int) -> str:
     evaluation = [line for line in board.caption if line.startswith("Evaluation")]
     missing = board.incomplete()
     lines = [
-        f"Mean over {seeds} seeds of each evaluation's mean return; bands: 95 % bootstrap over "
-        f"seeds (none below {MIN_SEEDS}). Every evaluation is drawn; none was selected.",
+        f"Mean over {_numbered(seeds, 'seed')} of each evaluation's mean return; bands: 95 % "
+        f"bootstrap over seeds (none below {MIN_SEEDS}). Every evaluation is drawn; none was "
+        "selected.",
         *(f"{line}." for line in evaluation),
         *([f"Seeds not drawn: {'; '.join(missing[:3])}"] if missing else []),
     ]
@@ -249,13 +254,15 @@ def aggregate_intervals(board: Leaderboard) -> Figure:
         axis.grid(visible=False, axis="y")
     low = min(row.seeds[0] for row in rows if row.seeds)
     high = max(row.seeds[1] for row in rows if row.seeds)
+    drawn = any(row.estimates[m].low is not None for row in rows if row.estimates for m in METRICS)
+    interval = "; 95 % stratified bootstrap over seeds" if drawn else ""
     rule = "BEST evaluation of each run (chosen by test rollouts)"
     if board.scores.select != "best":
         rule = f"protocol {board.scores.select}"
     write_caption(
         figure,
-        f"Normalised score x 100 over {len(board.aggregated)} tasks, {_range(low, high)} seeds, "
-        f"{rule}; 95 % stratified bootstrap over seeds.",
+        f"Normalised score x 100 over {_numbered(len(board.aggregated), 'task')}, "
+        f"{_numbered(_range(low, high), 'seed')}, {rule}{interval}.",
     )
     return figure
 
@@ -380,6 +387,10 @@ def _latency_source(points: Sequence[LatencyPoint], board: Leaderboard) -> dict[
         "latency: range of the rounds' medians",
         "points": [dataclasses.asdict(point) for point in points],
     }
+
+
+def _numbered(count: int | str, noun: str) -> str:
+    return f"{count} {noun}{'' if str(count) == '1' else 's'}"
 
 
 def _range(low: int, high: int) -> str:

@@ -10,6 +10,7 @@ import csv as csv_module
 import io
 import json as json_module
 import math
+import re
 from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
@@ -273,12 +274,14 @@ _LATEX = {
     ">": r"\textgreater{}",
     "±": r"$\pm$",
     "–": "--",
+    "\N{MINUS SIGN}": "$-$",
     **{character: f"\\{character}" for character in "&%$#_{}"},
 }
 
 
 def tex(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
+    """Text with LaTeX's special characters escaped; the sign of a number is a minus, no hyphen."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "\N{MINUS SIGN}", text)
     # One pass over the characters, so that a replacement is never replaced again.
     return "".join(_LATEX.get(character, character) for character in text)
 

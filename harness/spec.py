@@ -1045,6 +1045,7 @@ class _Resolver:
         resolved = config_from_dict(recipe.config, config, at(where, "config"))
         if resolved.steps < 1:
             raise SpecError(f"{where}: steps is {resolved.steps}; expected at least 1")
+        _check_rates(resolved, at(where, "config"))
         protocol["environment"] = dataset.environment
         protocol["simulator"] = dataset.simulator
         transforms = config_from_dict(data_spec_class(), data, at(where, "data"))
@@ -1105,11 +1106,22 @@ class _Resolver:
                 raise SpecError(f"{at(where, 'algorithm')}: {error}") from error
             hparams = hparams_for(other, dataset.names, asked.get("preset", ""))
             values = {**hparams.config, **asked.get("config", {})}
-            config = config_to_dict(config_from_dict(other.config, values, at(where, "config")))
+            pretrained = config_from_dict(other.config, values, at(where, "config"))
+            _check_rates(pretrained, at(where, "config"))
+            config = config_to_dict(pretrained)
             found[name] = Pretrained(other.name, "", config, other.revision)
             data.update(hparams.data)
             sources.append(f"{name} {other.name}: {hparams.source}")
         return found, data, sources
+
+
+def _check_rates(config: Any, place: str) -> None:
+    """A learning rate that is not positive trains nothing, or away from what it should."""
+    for name in (item.name for item in dataclasses.fields(config)):
+        value = getattr(config, name)
+        is_rate = (name == "lr" or name.endswith("_lr")) and isinstance(value, int | float)
+        if is_rate and value <= 0:
+            raise SpecError(f"{at(place, name)} is {value}; expected a learning rate above 0")
 
 
 def _changed(

@@ -68,6 +68,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_file_without_any_of_the_figures_labels_is_refused(tmp_path):
+    path = tmp_path / "actions.parquet"
+    table({("mine", 0): cloud((0.0, 0.0))}).to_parquet(path)
+    with pytest.raises(ValueError, match=r"none of the figure's labels bc_mle, .*; it has mine$"):
+        report.build(path)
+
+
 # ------------------------------------------------------------------------------------ numbers
 
 
@@ -194,20 +201,21 @@ def test_equal_input_gives_equal_bytes(file, tmp_path):
 
 def test_labels_that_are_missing_or_not_the_papers_are_named(tmp_path):
     path = tmp_path / "actions.parquet"
-    mine = {("my_policy", seed): cloud((0, 0), seed=seed) for seed in range(3)}
+    labels = ("my_policy", "bcq")
+    mine = {(label, seed): cloud((0, 0), seed=seed) for label in labels for seed in range(3)}
     table(mine).to_parquet(path)
     built = report.build(path)
     assert "my\\_policy" in report.markdown(built)
     report.write(built, tmp_path / "out")
     source = json.loads((tmp_path / "out" / "bandit.json").read_text())
     assert source["not_drawn"] == ["my_policy"]
-    assert source["missing"] == sorted(LABELS)
+    assert source["missing"] == sorted(set(LABELS) - {"bcq"})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda frame: frame.drop(columns="unclamped_1"), "no column 'unclamped_1'"),
+        (lambda frame: frame.drop(columns="unclamped_1"), "lacks the columns unclamped_1"),
         (lambda frame: frame.assign(dataset_id="hopper"), "dataset 'hopper'"),
         (lambda frame: frame.assign(unclamped_2=0.0), "more than two action dimensions"),
         (lambda frame: frame.assign(unclamped_0=np.nan), "not finite"),

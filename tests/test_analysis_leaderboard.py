@@ -238,6 +238,22 @@ def test_the_caption_names_protocol_references_and_simulator(store):
         assert part in caption
 
 
+def test_the_caption_of_single_seeds_claims_no_interval_and_no_spread(store):
+    fill(store, [A], complete("a", A, [0]))
+    caption = " ".join(leaderboard.build(store).caption)
+    assert "Aggregates over 1 task " in f"{caption} "
+    assert "interval" not in caption
+    assert "deviation" not in caption
+    figure = plots.aggregate_intervals(leaderboard.build(store))
+    assert "over 1 task, 1 seed, protocol last." in figure._supxlabel.get_text()
+
+
+def test_few_evaluations_have_their_ticks(store):
+    fill(store, [A], complete("a", A, returns={10: [50], 20: [60], 25: [70]}))
+    figure = plots.learning_curves(evaluation_frame(store), leaderboard.build(store))
+    assert list(figure.axes[0].get_xticks()) == [10, 20, 25]
+
+
 def test_few_seeds_have_no_interval_and_the_leaderboard_says_so(store):
     fill(store, [A], complete("m", A, range(2)))
     board = leaderboard.build(store)

@@ -8,7 +8,7 @@ import io
 import pytest
 from test_analysis_leaderboard import complete, dataset, fill, trial
 
-from analysis import dataset_tables
+from analysis import dataset_tables, tables
 from results.store import Store
 
 HOPPER = [dataset(f"mujoco/hopper/{name}-v0") for name in ("expert", "medium")]
@@ -83,6 +83,7 @@ def test_forms_agree(store):
     latex = dataset_tables.render(made, "latex")
     assert r"\textbf{60.0 $\pm$ 10.0 (3)} & 20.0 $\pm$ 10.0 (3) \\" in latex
     assert r"a\_b" in latex
+    assert tables.tex("-6.8 [-7, 3-4] a-2 (-1)") == "$-$6.8 [$-$7, 3-4] a-2 ($-$1)"
     for command in ("toprule", "midrule", "bottomrule"):
         assert f"\\{command}" in latex
 

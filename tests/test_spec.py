@@ -647,6 +647,17 @@ def test_a_mistake_is_an_error_that_names_the_place(
         load(f"{BASE}{extra}\n", *overrides)
 
 
+@pytest.mark.parametrize("rate", ["0", "-1"])
+def test_a_learning_rate_that_is_not_positive_is_refused(load: Any, rate: str) -> None:
+    with pytest.raises(
+        SpecError, match=r"config\.student_lr is .*; expected a learning rate above"
+    ):
+        load(BASE, f"config.student_lr={rate}")
+    teacher = f"config={{teacher: {{config: {{lr: {rate}}}}}}}"
+    with pytest.raises(SpecError, match=r"config\.teacher\.config\.lr is .*; expected a learning"):
+        load(BASE, "algorithms={vdd: {}}", teacher)
+
+
 @pytest.mark.parametrize("key", ["name", "algorithms", "datasets", "seeds"])
 def test_a_missing_key_is_named(load: Any, key: str) -> None:
     lines = {

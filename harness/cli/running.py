@@ -39,7 +39,7 @@ def _stoppable() -> Iterator[None]:
         with signals_interrupt():
             yield
     except KeyboardInterrupt:
-        errors.print("interrupted; the same command continues from the last checkpoints")
+        errors.print(f"interrupted; {CONTINUES}")
         raise typer.Exit(INTERRUPTED) from None
 
 
