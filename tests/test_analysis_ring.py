@@ -100,7 +100,7 @@ def test_the_page_and_the_figure_name_their_source(file, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.drop(columns="unclamped_1"), "no column 'unclamped_1'"),
+        (lambda t: t.drop(columns="unclamped_1"), "lacks the columns unclamped_1"),
         (lambda t: t.assign(dataset_id="generated/bandit2d-v0"), "expected the 2-D ring alone"),
     ],
 )
