@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ from rich.text import Text
 from harness.plan import duration
 
 PLAIN_LINE_EVERY_S = 15.0
-_COLOURED = re.compile(r"\[(red|yellow)\](.*?)\[/\1\]", re.DOTALL)
 
 
 class Display:
@@ -59,15 +57,15 @@ class Display:
         if self._progress:
             self._progress.stop()
 
-    def line(self, text: str) -> None:
-        """A line that stays; `[red]...[/red]` or `[yellow]...[/yellow]` may colour its start."""
-        self.console.print(_coloured(text), highlight=False, soft_wrap=True)
+    def line(self, text: str | Text) -> None:
+        """A line that stays; plain text is shown as it is, for errors are full of brackets."""
+        self.console.print(Text.assemble(text), highlight=False, soft_wrap=True)
 
     def update(self, key: str, title: str, num_seeds: int, progress: Any) -> None:
         """Shows a worker's progress (`harness.worker.Progress`)."""
         if progress.notice and progress.notice not in self._notices:
             self._notices.add(progress.notice)
-            self.line(f"[yellow]notice[/yellow] {progress.notice}")
+            self.line(Text.assemble(("notice", "yellow"), f" {progress.notice}"))
         info = _info(progress, num_seeds)
         if self._progress:
             if key not in self._bars:
@@ -81,21 +79,12 @@ class Display:
             self._last_line[key] = now
             self.line(f"{title}  step {progress.step}/{progress.steps}  {info}")
 
-    def end(self, key: str, text: str) -> None:
+    def end(self, key: str, text: str | Text) -> None:
         """A stack has ended; `text` is as in `line`."""
         self.ended += 1
         if self._progress and key in self._bars:
             self._progress.remove_task(self._bars.pop(key))
-        count = Text(f"[{self.ended}/{self.total}] ")
-        self.console.print(count + _coloured(text), highlight=False, soft_wrap=True)
-
-
-def _coloured(text: str) -> Text:
-    """The text with its start in a colour; all else as it is, for errors are full of brackets."""
-    start = _COLOURED.match(text)
-    if start is None:
-        return Text(text)
-    return Text.assemble((start[2], start[1]), text[start.end() :])
+        self.line(Text.assemble(f"[{self.ended}/{self.total}] ", text))
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from rich.text import Text
+
 from harness import storage, watchdog
 from harness.display import Display
 from harness.failures import EngineError, classify, kernel_oom_kills, telling_line, with_end
@@ -143,7 +145,7 @@ class Queue:
                 for stage in job.stack.stages:
                     self.ingester.stage(stage.id)
             except StorageError as error:  # the stack's end asks again, and then it counts
-                self.display.line(f"[yellow]rows are late[/yellow]: {error}")
+                self.display.line(Text.assemble(("rows are late", "yellow"), f": {error}"))
 
     def completed(self, job: Job, outcome: str, error: str = "") -> None:
         stack = self.running.pop(job.stack.id)
@@ -166,9 +168,9 @@ class Queue:
                 how, why = self._end_of(stage)
                 self.failed_stages[stage.id] = error or why
                 bad.setdefault(how, []).append(stage.seed)
-        text = f"{title(stack)}: {outcome}"
+        text = Text(f"{title(stack)}: {outcome}")
         if outcome == "failed":
-            text = f"[red]{text}[/red] {error}"
+            text = Text.assemble((text.plain, "red"), f" {error}")
         elif bad and done:
             text += ", but " + " and ".join(f"seeds {seeds} {how}" for how, seeds in bad.items())
         self.display.end(stack.id, text)
@@ -200,9 +202,11 @@ class Queue:
             self._record_failure(stage.id, error, kind)
             self.ingester.stage(stage.id)
         if again:
-            self.display.line(f"[yellow]{title(stack)}: {kind}[/yellow] {reason}; {again}")
+            what = (f"{title(stack)}: {kind}", "yellow")
+            self.display.line(Text.assemble(what, f" {reason}; {again}"))
         else:
-            self.display.end(stack.id, f"[red]{title(stack)}: failed[/red] {reason}")
+            what = (f"{title(stack)}: failed", "red")
+            self.display.end(stack.id, Text.assemble(what, f" {reason}"))
 
     def _again(self, stack: Stack, kind: str) -> str:
         """How a stack that failed is tried again; "" if it is not."""
@@ -244,7 +248,8 @@ class Queue:
                     self.failed_stages[stage.id] = f"{kind}: {error}"
                 self._record_failure(stage.id, error, kind)
                 self.ingester.stage(stage.id)
-            self.display.line(f"[yellow]{title(stack)}: {kind}[/yellow]; {again or 'given up'}")
+            what = (f"{title(stack)}: {kind}", "yellow")
+            self.display.line(Text.assemble(what, f"; {again or 'given up'}"))
         self.most_running = max(1, len(stacks) // 2)
 
     def _record_failure(self, stage_id: str, error: str, kind: str) -> None:
@@ -406,8 +411,11 @@ def run_sweep(
                     stop_file.touch()
                     storage.ask_to_stop(home, stop_file.name)
                     display.line(
-                        "[yellow]stopping[/yellow]: each stack writes a checkpoint where it is. "
-                        "Ctrl-C again stops now (back to the last checkpoint)"
+                        Text.assemble(
+                            ("stopping", "yellow"),
+                            ": each stack writes a checkpoint where it is. Ctrl-C again stops now "
+                            "(back to the last checkpoint)",
+                        )
                     )
 
                 died = _run(run_queue, queue, on_interrupt)
