@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.spec import Experiment, RunOptions, TrialSpec
 from harness.typed import canonical_json, config_from_dict, config_to_dict, content_hash
+from results.records import FINISHED
 
 if TYPE_CHECKING:
     from harness.artifacts import ArtifactStore
     from harness.registry import Registry
 
-FINISHED = ("done", "diverged")
 """Statuses that are results: such a trial is not run again unless it is asked for."""
 
 UNSIZED = 16

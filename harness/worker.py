@@ -32,7 +32,6 @@ from harness.failures import with_end
 from harness.home import Home
 from harness.memory import forget_the_last_stack
 from harness.plan import (
-    FINISHED,
     Stack,
     Stage,
     checkpoint_name,
@@ -56,7 +55,7 @@ from harness.trainer import (
 )
 from harness.typed import content_hash
 from harness.watchdog import Watchdog
-from results.records import EvalRecord, MetricRecord, RunRecord
+from results.records import FINISHED, EvalRecord, MetricRecord, RunRecord
 
 KEPT_CHECKPOINTS = 2
 LOCK_WAIT_S = 15.0
@@ -772,9 +771,8 @@ class _TrainingRun:
             if rows:
                 self.spools[index].append(rows)
             again = evaluation.evaluator.retried[index]
-            if (
-                again and index not in broken
-            ):  # a count that is there only where an environment failed
+            # A count that is there only where an environment failed, and then did not.
+            if again and index not in broken:
                 count = {"evaluation_retries": [float(again)] * len(self.stages)}
                 self._spool_metrics(index, trainer.steps_done, count)
             returns += [episode.episode_return for episode in played]

@@ -37,8 +37,6 @@ KINDS = {
 """What an archive holds; artifacts stay where they are, so their rows are left out."""
 
 _OF_RUNS = (records.EvalRecord, records.MetricRecord, records.LatencyRecord)
-OUTCOMES = ("done", "diverged")
-"""Statuses after which a run is not continued."""
 
 SHIPPED = Path(__file__).parent / "evidence"
 """Archives that come with the package: <name>/rows.parquet beside <name>/spec.yaml."""
@@ -157,13 +155,15 @@ def _merge(store: Store, rows: list[Record], keep_unfinished: bool) -> Merged:
     known = unfinished = 0
     for trial_id, runs in incoming.items():
         ours = [run for run in here[trial_id] if not any(_same(run, other) for other in runs)]
-        decided = any(run.status in OUTCOMES for run in ours)
+        decided = any(run.status in records.FINISHED for run in ours)
         known += decided
         for run in runs:
             same = next((other for other in here[trial_id] if _same(run, other)), None)
             if same is not None:
                 kept[run.run_id] = same
-            elif not decided and run.status not in OUTCOMES and (ours or not keep_unfinished):
+            elif (
+                not decided and run.status not in records.FINISHED and (ours or not keep_unfinished)
+            ):
                 unfinished += 1
             elif not decided:
                 kept[run.run_id] = _beside(run, ours)

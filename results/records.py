@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 Status = Literal["running", "done", "failed", "diverged", "interrupted"]
+FINISHED: tuple[Status, ...] = ("done", "diverged")
+"""Outcomes: a run with one of them is not continued."""
 R = TypeVar("R")
 
 

@@ -26,6 +26,7 @@ from results import connection as connecting
 from results import schema
 from results.errors import MissingParentError, StoreError
 from results.records import (
+    FINISHED,
     ArtifactRecord,
     DatasetRecord,
     DetectionRecord,
@@ -593,7 +594,7 @@ def run_order_key(run: RunRecord) -> str:
     ended = run.status != "running"
     return "|".join(
         (
-            str(int(run.status in ("done", "diverged"))),
+            str(int(run.status in FINISHED)),
             f"{len(run.segments):08d}",
             str(int(ended)),
             _microseconds(run.ended_at, "ended_at") if run.ended_at else "0" * 20,
