@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from analysis import stats
 from analysis.comparison import ALPHA, Comparison, compare
-from analysis.load import Cell, MissingScoresError, Scores, Task, load_scores, parse_select
+from analysis.load import (
+    Cell,
+    MissingScoresError,
+    Scores,
+    Task,
+    load_scores,
+    numbered,
+    parse_select,
+)
 from results.importing import SOURCE
 
 if TYPE_CHECKING:
@@ -255,7 +263,7 @@ def _caption(
         "references",
         f"Score of a seed: {rule}",
         *_protocols(store, ids, scores),
-        f"Aggregates over {len(tasks)} task{'' if len(tasks) == 1 else 's'}{interval}",
+        f"Aggregates over {numbered(len(tasks), 'task')}{interval}",
     ]
     if ranked:
         lines.append(

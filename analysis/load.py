@@ -122,6 +122,11 @@ class Scores:
         ]
 
 
+def numbered(count: int | str, noun: str) -> str:
+    """`1 seed`, `2 seeds`, `2 to 4 seeds`."""
+    return f"{count} {noun}{'' if str(count) == '1' else 's'}"
+
+
 def missing_text(missing: Mapping[int, str]) -> str:
     """Seeds without a score by reason: "seeds 0-2, 5 failed; seed 3 diverged"."""
     by_reason: dict[str, list[int]] = {}
@@ -224,7 +229,8 @@ def trials_to_show(store: Store, trial_ids: Iterable[str] | None) -> pd.DataFram
     """The trials that were asked for, run or not; of a whole database all that ever ran."""
     trials = store.trials(trial_ids)
     if trial_ids is None:
-        return trials[trials.trial_id.isin(store.runs().trial_id)]
+        ran = [state.trial_id for state in store.states() if state.status is not None]
+        return trials[trials.trial_id.isin(ran)]
     return trials
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from analysis.curves import REPS as CURVE_REPS
 from analysis.curves import Curve, mean_curves
 from analysis.leaderboard import REPS, Leaderboard, build
-from analysis.load import evaluation_frame, latency_frame
+from analysis.load import evaluation_frame, latency_frame, numbered
 from analysis.stats import METRICS, MIN_SEEDS, curve_interval
 from results.store import Store
 
@@ -204,7 +204,7 @@ def _curve_caption(frame: pd.DataFrame, board: Leaderboard, width: int) -> str:
     evaluation = [line for line in board.caption if line.startswith("Evaluation")]
     missing = board.incomplete()
     lines = [
-        f"Mean over {_numbered(seeds, 'seed')} of each evaluation's mean return; bands: 95 % "
+        f"Mean over {numbered(seeds, 'seed')} of each evaluation's mean return; bands: 95 % "
         f"bootstrap over seeds (none below {MIN_SEEDS}). Every evaluation is drawn; none was "
         "selected.",
         *(f"{line}." for line in evaluation),
@@ -261,8 +261,8 @@ def aggregate_intervals(board: Leaderboard) -> Figure:
         rule = f"protocol {board.scores.select}"
     write_caption(
         figure,
-        f"Normalised score x 100 over {_numbered(len(board.aggregated), 'task')}, "
-        f"{_numbered(_range(low, high), 'seed')}, {rule}{interval}.",
+        f"Normalised score x 100 over {numbered(len(board.aggregated), 'task')}, "
+        f"{numbered(_range(low, high), 'seed')}, {rule}{interval}.",
     )
     return figure
 
@@ -387,10 +387,6 @@ def _latency_source(points: Sequence[LatencyPoint], board: Leaderboard) -> dict[
         "latency: range of the rounds' medians",
         "points": [dataclasses.asdict(point) for point in points],
     }
-
-
-def _numbered(count: int | str, noun: str) -> str:
-    return f"{count} {noun}{'' if str(count) == '1' else 's'}"
 
 
 def _range(low: int, high: int) -> str:

@@ -184,7 +184,7 @@ def collect(
     ids = None if trial_ids is None else list(trial_ids)
     trials, runs = trials_to_show(store, ids), store.runs(ids)
     if runs.empty:
-        raise ValueError("no run to show; run a sweep first, or check `harness status`")
+        raise ValueError(leaderboard.NOTHING)
     attempts = _by(runs, "trial_id")
     tracks = [
         _track(store, key, part, attempts, select, seed, defaults or {}, interval)
