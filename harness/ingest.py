@@ -8,7 +8,7 @@ datasets are made here, and nowhere else.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,11 +62,16 @@ class Ingester:
 
     Args:
         store: the open results database.
+
+    Attributes:
+        damaged: stage id -> what of its rows cannot be read, and what to do. Its earlier rows are
+            taken in, and every other stage's: a sweep does not wait for somebody to mend a file.
     """
 
     def __init__(self, store: Store, home: Home) -> None:
         self.store, self.home = store, home
         self.storage = storage.of(home)
+        self.damaged: dict[str, str] = {}
         self._offsets: dict[Path, int] = {}
         self._seen: dict[str, set[str]] = {}  # stage id -> names in the storage
         self._foreign: set[str] = set()  # runs of trials that the database does not know
@@ -88,14 +93,15 @@ class Ingester:
         if self.storage is None:
             return self._file(self.home.spool(stage_id))
         count, seen = 0, self._seen.setdefault(stage_id, set())
-        for name, lines in storage.new_rows(self.storage, stage_id, seen):
-            count += self._append(stage_id, spool.parse(lines, f"{self.storage.url}: {name}"))
-            seen.add(name)
+        with self._reading(stage_id):
+            for name, lines in storage.new_rows(self.storage, stage_id, seen):
+                count += self._append(stage_id, spool.parse(lines, f"{self.storage.url}: {name}"))
+                seen.add(name)
         return count
 
     def has_all(self, stage_id: str) -> bool:
         """Whether the database has every run of what was read of a stage's spool."""
-        return stage_id not in self._shared
+        return stage_id not in self._shared and stage_id not in self.damaged
 
     def leftovers(self) -> int:
         """Rows that an earlier driver did not get to read, from all spools.
@@ -119,11 +125,24 @@ class Ingester:
         return count
 
     def _file(self, path: Path) -> int:
+        stage_id, count = path.parent.name, 0
         start = self._offsets.get(path, 0)
-        records, end = spool.read_from(path, start)
-        count = self._append(path.parent.name, records) if records else 0
-        self._offsets[path] = end
+        with self._reading(stage_id):
+            records, end = spool.read_from(path, start)
+            count = self._append(stage_id, records) if records else 0
+            self._offsets[path] = end
         return count
+
+    @contextlib.contextmanager
+    def _reading(self, stage_id: str) -> Iterator[None]:
+        """Notes damage, and takes in what comes before it; the next look reads it again."""
+        self.damaged.pop(stage_id, None)
+        try:
+            yield
+        except (spool.SpoolError, storage.DamagedError) as error:
+            self.damaged[stage_id] = str(error)
+            if isinstance(error, spool.SpoolError) and error.records:
+                self._append(stage_id, error.records)
 
     def _append(self, stage_id: str, records: list[Record]) -> int:
         """Appends what belongs to trials that the database knows.

@@ -66,11 +66,13 @@ class Probe:
 
     Attributes:
         problems: in the order they were found.
+        damaged: as `harness.ingest.Ingester` found it while planning.
     """
 
     run: RunOptions
     registry: Registry
     problems: list[Check] = field(default_factory=list)
+    damaged: Mapping[str, str] = field(default_factory=dict)
     _verified: dict[str, bool] = field(default_factory=dict)
     _data: dict[str, _Data | None] = field(default_factory=dict)  # by `data_key`; None is bad
     _costs: dict[str, tuple[int, int] | None] = field(default_factory=dict)  # state, working
@@ -255,16 +257,17 @@ def _step_environment(dataset_id: str, spec: Any) -> None:
 
 
 def check(plan: Plan, store: Store | None, home: Home, probe: Probe) -> list[Check]:
-    """All checks of a plan; none if there is nothing to run.
+    """All checks of a plan; of what can be read alone if there is nothing to run.
 
     Args:
         store: the database that rows will go to; None where this process writes to none.
     """
+    unread = [Check("rows", "note", text) for text in probe.damaged.values()]
     if not plan.stacks:
-        return list(probe.problems)
+        return probe.problems + unread
     wanted = [stage for stack in plan.stacks for stage in stack.stages]
     probe.look(wanted, plan.stages)
-    found = list(probe.problems)
+    found = probe.problems + unread
     capacity = Capacity.of(plan.experiment.run)
     found += [disk(plan, home, probe, capacity), *memory(plan, probe, capacity)]
     for precision in dict.fromkeys(stage.precision for stage in wanted):

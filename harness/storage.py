@@ -62,11 +62,15 @@ class StorageError(RuntimeError):
     """The storage cannot be used, or holds what is damaged; names the URL and what to do."""
 
 
+class DamagedError(StorageError):
+    """One object of the storage is damaged; the others can be used."""
+
+
 class StackBusyError(RuntimeError):
     """Another process is at work on one of these stages."""
 
 
-class _DamagedError(Exception):
+class _MismatchError(Exception):
     """What was read is not what was written; may be the transfer's fault."""
 
 
@@ -96,9 +100,9 @@ class Storage:
         for pause in (*PAUSES_S, None):
             try:
                 return action()
-            except _DamagedError as error:
+            except _MismatchError as error:
                 if pause is None:
-                    raise StorageError(
+                    raise DamagedError(
                         f"{place} is damaged: {error}. Delete {self.url}/{_whole(name)} to have it "
                         "made again (without a checkpoint, from the one before it; without rows, "
                         "from the stage's beginning)"
@@ -152,7 +156,7 @@ class Storage:
             self.fs.get_file(self._path(name), str(path))
             found, size = hash_file(path)
             if found != sha256:
-                raise _DamagedError(
+                raise _MismatchError(
                     f"{size} bytes with sha256 {found[:12]}..., not {sha256[:12]}..."
                 )
 
@@ -162,7 +166,7 @@ class Storage:
         """A part of a spool, whose name holds its digest."""
         expected = _ROWS.fullmatch(name.rpartition("/")[2])
         if expected is None:
-            raise StorageError(
+            raise DamagedError(
                 f"{self.url}/{name} is not named as the harness names rows. Remove it"
             )
 
@@ -170,7 +174,7 @@ class Storage:
             data = self.fs.cat_file(self._path(name))
             found = hashlib.sha256(data).hexdigest()
             if found != expected["sha256"]:
-                raise _DamagedError(f"{len(data)} bytes with sha256 {found[:12]}...")
+                raise _MismatchError(f"{len(data)} bytes with sha256 {found[:12]}...")
             return data
 
         return self._tried(name, "read", action)

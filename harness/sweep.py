@@ -26,7 +26,7 @@ from harness.preflight import Probe, check, refuse
 from harness.provenance import utc_now
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
-from harness.spool import Spool, read
+from harness.spool import Spool, SpoolError, read
 from harness.storage import Hold, StackBusyError, StorageError
 from harness.worker import Job, Progress
 from results.records import RunRecord
@@ -53,6 +53,7 @@ class Summary:
     trained: int  # stacks run by this call
     seconds: float
     interrupted: bool = False
+    damaged: tuple[str, ...] = ()  # rows of whatever stages that cannot be read, and what to do
 
     @property
     def counts(self) -> dict[str, int]:
@@ -263,9 +264,10 @@ class Queue:
     def _append_failure(self, stage_id: str, error: str, kind: str) -> None:
         last: dict[str, RunRecord] = {}
         path = self.home.spool(stage_id)
-        for record in read(path) if path.exists() else ():
-            if isinstance(record, RunRecord):
-                last[record.run_id] = record
+        with contextlib.suppress(SpoolError):  # the damage is why it failed, and is told
+            for record in read(path) if path.exists() else ():
+                if isinstance(record, RunRecord):
+                    last[record.run_id] = record
         with Spool(path) as spool:
             spool.append(
                 [
@@ -336,6 +338,7 @@ def plan_sweep(
     if register and intact:  # else `preflight.check` tells, with whatever else is wrong
         ingester.register(experiment.trials)
     ingester.leftovers()
+    probe.damaged = ingester.damaged
     return make_plan(
         experiment,
         store,
@@ -437,9 +440,11 @@ def run_sweep(
         if stop_file.exists():
             storage.was_stopped(home, stop_file.name)
         stop_file.unlink(missing_ok=True)
-        Ingester(store, home).leftovers()
-    seconds = time.monotonic() - started
-    return _summary(experiment, store, trained, seconds, interrupted, blocked)
+        ingester = Ingester(store, home)
+        ingester.leftovers()
+    summary = _summary(experiment, store, trained, time.monotonic() - started, blocked)
+    damaged = tuple(ingester.damaged.values())
+    return replace(summary, interrupted=interrupted, damaged=damaged)
 
 
 def failed_trials(plan: Plan, failed: Mapping[str, str]) -> dict[str, str]:
@@ -500,7 +505,6 @@ def _summary(
     store: Store,
     trained: int,
     seconds: float,
-    interrupted: bool,
     blocked: dict[str, str],
 ) -> Summary:
     ids = [trial.id for trial in experiment.trials]
@@ -510,5 +514,4 @@ def _summary(
         errors=blocked | {i: run.error for i, run in runs.items() if run.error},
         trained=trained,
         seconds=seconds,
-        interrupted=interrupted,
     )

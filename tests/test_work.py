@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,39 @@ def test_a_share_trains_nothing_that_a_sweep_finished_since_it_was_planned(
         done, ended = do(spec, home, "0/1", tmp_path / "stop", store)
         assert {len(found) for found in store.runs()["segments"]} == {1}
     assert (done.stacks, done.failed, set(ended)) == (0, {}, {"done by another process"})
+
+
+def test_a_damaged_spool_costs_its_own_stack_only(spec, tmp_path):
+    """Elsewhere it was fatal to every sweep of the home; here it is told, and mended as told."""
+    assert inline.sweep(spec, tmp_path / "whole").ok
+    home = Home.find(tmp_path / "home")
+    do(spec, home, "0/1", tmp_path / "stop")
+    spool = min(home.work.glob("*/spool.jsonl"))
+    lines = spool.read_bytes().splitlines(keepends=True)
+    spool.write_bytes(b"".join([*lines[:2], b"half a li\n", *lines[3:]]))
+    summary = inline.sweep(spec, home.root)
+    (told,) = summary.damaged
+    assert str(spool) in told
+    assert summary.counts["done"] >= 8
+    lost = [summary.errors[i] for i, status in summary.statuses.items() if status != "done"]
+    assert lost
+    assert all(f"{spool} is damaged in the line at byte" in error for error in lost)
+    shutil.rmtree(spool.parent)
+    assert inline.sweep(spec, home.root).ok
+    assert inline.rows(home.root) == inline.rows(tmp_path / "whole")
+
+
+def test_another_experiments_damaged_spool_is_told_and_changes_nothing(spec, tmp_path):
+    home = Home.find(tmp_path / "home")
+    do(spec, home, "0/1", tmp_path / "stop")
+    for spool in home.work.glob("*/spool.jsonl"):
+        spool.write_bytes(b"?\n")
+    result = CliRunner().invoke(
+        cli.app, ["sweep", str(spec), "steps=10", "--home", str(home.root), "--dry-run"]
+    )
+    assert result.exit_code == cli.OK, result.output
+    assert result.output.count("is damaged in the line at byte 0") == 10
+    summary = inline.sweep(spec, home.root, ["steps=10"])
+    assert summary.ok
+    assert len(summary.damaged) == 10
+    assert len(list(home.work.glob("*/spool.jsonl"))) == 10

@@ -157,6 +157,8 @@ def _print_summary(summary: Any, url: str) -> None:
             line = styled(summary.statuses[trial_id], "red", f": {_last_line(error)}")
             console.print(f"  {trial_id[:12]}", line, highlight=False)
     console.print(f"database: {url}", highlight=False, soft_wrap=True)
+    for text in summary.damaged:
+        errors.print(styled("note", "yellow", f": {text}"), highlight=False, soft_wrap=True)
     commit, dirty = git_state()
     if dirty:
         errors.print(
