@@ -19,6 +19,10 @@ MIN_ROWS = 4
 """Rows of a policy call, at least: below four, matrix kernels on CPU sum in another order, and a
 seed's last episodes would depend on how many others are still in play."""
 
+ENDLESS = 100_000
+"""Steps after which an episode counts as one that does not end, where its environment has no time
+limit: a hundred times those of locomotion."""
+
 
 @dataclass(frozen=True)
 class Episode:
@@ -34,7 +38,8 @@ class Episode:
 class EvaluationError(RuntimeError):
     """An environment misbehaved in an episode, and again when it was played anew in a fresh one.
 
-    Names the training seed, the environment, the episode, its seed and the step.
+    Or it has no time limit, and an episode did not end. Names the training seed, the environment,
+    the episode, its seed and the step.
     """
 
 
@@ -202,10 +207,18 @@ class Evaluator:
     def _play(self, k: int, slot: _Slot, action: np.ndarray) -> bool:
         """Steps one environment of seed k; whether its episode is over."""
         try:
-            return self._step(slot, action)
+            over = self._step(slot, action)
         except Exception as error:
             self._play_anew(k, slot, error)
             return False
+        if not over and slot.length >= ENDLESS and _limit(slot.env) is None:
+            raise EvaluationError(
+                f"seed {self._seeds[k]}: episode {slot.episode} of {_name(slot.env)} did not end "
+                f"in {ENDLESS} steps (env seed {self.first_env_seed + slot.episode}), and the "
+                "environment has no time limit. Register it with max_episode_steps, or write the "
+                "dataset with an environment that has one"
+            )
+        return over
 
     def _step(self, slot: _Slot, action: np.ndarray) -> bool:
         slot.length += 1
@@ -231,10 +244,9 @@ class Evaluator:
                 return
             except Exception as second:
                 error = second
-        name = slot.env.spec.id if slot.env.spec else slot.env
         raise EvaluationError(
-            f"seed {self._seeds[k]}: {name} failed twice in episode {slot.episode} (env seed "
-            f"{self.first_env_seed + slot.episode}) at step {slot.length}: "
+            f"seed {self._seeds[k]}: {_name(slot.env)} failed twice in episode {slot.episode} "
+            f"(env seed {self.first_env_seed + slot.episode}) at step {slot.length}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -247,6 +259,15 @@ class Evaluator:
         for row in self.slots:
             for slot in row:
                 slot.env.close()
+
+
+def _name(env: Any) -> str:
+    return env.spec.id if env.spec else str(env)
+
+
+def _limit(env: Any) -> int | None:
+    """The time limit Gymnasium holds an environment to, in steps."""
+    return env.spec.max_episode_steps if env.spec else None
 
 
 def _call(

@@ -214,6 +214,23 @@ def test_an_environment_that_fails_twice_ends_only_its_seed(how, monkeypatch):
     assert episodes == [whole[0], [], whole[2]]
 
 
+@pytest.mark.parametrize("told", [None, 30])
+def test_an_episode_without_end_or_time_limit_is_an_error_after_many_steps(told, monkeypatch):
+    """An environment that has a limit is held to it, however long that is."""
+    monkeypatch.setattr("harness.evaluate.ENDLESS", 20)
+    monkeypatch.setattr(Walk, "limit", 25)
+    monkeypatch.setattr(
+        Walk, "spec", gymnasium.envs.registration.EnvSpec("Walk-v0", max_episode_steps=told)
+    )
+    episodes, failed = evaluate(LinearPolicy([-0.5]), [7], 1, 1)
+    if told is None:
+        assert episodes == [[]]
+        assert str(failed[0]).startswith("seed 7: episode 0 of Walk-v0 did not end in 20 steps")
+    else:
+        assert failed == {}
+        assert [episode.length for episode in episodes[0]] == [25]
+
+
 def test_evaluation_noise_is_a_function_of_seed_step_episode_and_environment_step():
     seeds, step = torch.tensor([3, 5]), torch.tensor([10, 10])
     episode, env_step = torch.tensor([[0, 1, 2], [2, 0, 1]]), torch.tensor([[7, 7, 8], [8, 7, 7]])
