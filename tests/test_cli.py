@@ -205,7 +205,7 @@ def test_the_estimate_counts_stacks_that_run_at_once(spec):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["sweep", "work"])
+@pytest.mark.parametrize("command", ["sweep", "work", "reproduce", "quickstart"])
 def test_a_signal_while_a_command_starts_is_an_interruption(spec, monkeypatch, command, number):
     """A batch job that is told to end so early has to ask to be requeued, too."""
 
@@ -214,9 +214,10 @@ def test_a_signal_while_a_command_starts_is_an_interruption(spec, monkeypatch, c
 
     notice = lambda *arguments: os.kill(os.getpid(), number)  # noqa: E731
     monkeypatch.setattr("harness.spec.load_experiment", notice)
+    monkeypatch.setattr("harness.cli.reproducing._make_quickstart_data", lambda: None)
     before = signal.signal(number, unhandled)
     try:
-        code, _, err = invoke(command, spec)
+        code, _, err = invoke(command, *([spec] if command != "quickstart" else []))
         assert signal.getsignal(number) is unhandled
     finally:
         signal.signal(number, before)

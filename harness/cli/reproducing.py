@@ -19,7 +19,7 @@ from harness.cli.options import (
 )
 from harness.cli.printing import console, errors
 from harness.cli.reading import draw_figures, print_leaderboard
-from harness.cli.running import sweep_experiment
+from harness.cli.running import stoppable, sweep_experiment
 
 if TYPE_CHECKING:
     from harness.spec import Experiment
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 QUICKSTART_STEPS = 50_000  # of PointMaze data; about 20 s of simulation
 
 
+@stoppable()
 def reproduce(
     what: Annotated[
         str | None,
@@ -123,6 +124,7 @@ def _reproduce(
         raise failure
 
 
+@stoppable()
 def quickstart(
     overrides: OverridesArgument = None,
     home: HomeOption = None,

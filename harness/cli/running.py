@@ -33,7 +33,7 @@ CONTINUES = "the same command continues from the last checkpoints"
 
 
 @contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[None]:
     """A signal is an interruption from the first line of a command to its last."""
     try:
         with signals_interrupt():
@@ -43,7 +43,7 @@ def _stoppable() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-@_stoppable()
+@stoppable()
 def sweep(
     spec: SpecArgument,
     overrides: OverridesArgument = None,
@@ -176,7 +176,7 @@ def _last_line(error: str | None) -> str:
     return lines[-1] if lines else "no reason was recorded"
 
 
-@_stoppable()
+@stoppable()
 def work(
     spec: SpecArgument,
     overrides: OverridesArgument = None,
