@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column
 from rich.text import Text
 
-from harness.plan import duration
+from harness.plan_text import duration
 
 PLAIN_LINE_EVERY_S = 15.0
 

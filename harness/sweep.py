@@ -21,7 +21,8 @@ from harness.display import Display
 from harness.failures import EngineError, classify, kernel_oom_kills, telling_line, with_end
 from harness.home import Home
 from harness.ingest import Ingester
-from harness.plan import Plan, Stack, Stage, balanced, is_done, make_plan, seed_ranges
+from harness.plan import Plan, Stack, Stage, balanced, is_done, make_plan
+from harness.plan_text import seed_ranges
 from harness.preflight import Probe, check, refuse
 from harness.provenance import utc_now
 from harness.registry import Registry

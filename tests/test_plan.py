@@ -26,10 +26,9 @@ from harness.plan import (
     checkpoint_steps,
     make_plan,
     measured_rates,
-    plan_tables,
     resume_groups,
-    seed_ranges,
 )
+from harness.plan_text import plan_tables, seed_ranges
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec, parse_seeds
 from harness.typed import config_to_dict

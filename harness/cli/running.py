@@ -124,7 +124,7 @@ def sweep_experiment(
 
 
 def _print_plan_line(plan: dict[str, Any]) -> None:
-    from harness.plan import duration, numbered
+    from harness.plan_text import duration, numbered
 
     counts = plan["counts"]
     text = f": {numbered(counts['trials'], 'trial')}, {counts['trials_done']} done"
@@ -138,7 +138,7 @@ def _print_plan(plan: dict[str, Any], checks: list[Check], as_json: bool) -> Non
     if as_json:
         print(json.dumps({**plan, "checks": [vars(item) for item in checks]}, indent=2))
         return
-    from harness.plan import plan_tables
+    from harness.plan_text import plan_tables
 
     for item in plan_tables(plan):
         console.print(item)
@@ -146,7 +146,7 @@ def _print_plan(plan: dict[str, Any], checks: list[Check], as_json: bool) -> Non
 
 
 def _print_summary(summary: Any, url: str) -> None:
-    from harness.plan import numbered
+    from harness.plan_text import numbered
     from harness.provenance import git_state
 
     counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.counts.items()))
@@ -189,7 +189,7 @@ def work(
     """A share of a sweep in this process, without Ray; `harness sweep` then takes in the rows."""
     from harness.display import Display
     from harness.home import Home
-    from harness.plan import numbered
+    from harness.plan_text import numbered
     from harness.spec import load_experiment
     from harness.stopping import stop_on_signals
     from harness.sweep import title
