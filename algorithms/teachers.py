@@ -208,6 +208,7 @@ def draw_samples(
             repeated = obs.unsqueeze(2).expand(-1, -1, config.per_state, -1)
             drawn = policy.act(repeated.flatten(1, 2), rng)  # [K, states * per_state, A]
             parts.append(drawn.unflatten(1, repeated.shape[1:3]))
+            out.progress(sum(part.shape[1] for part in parts), config.states)
         action = torch.cat(parts, dim=1)
     out.array("obs", batch.obs)
     out.array("action", action)

@@ -62,7 +62,7 @@ class Display:
         self.console.print(Text.assemble(text), highlight=False, soft_wrap=True)
 
     def update(self, key: str, title: str, num_seeds: int, progress: Any) -> None:
-        """Shows a worker's progress (`harness.worker.Progress`)."""
+        """Shows a worker's progress (`harness.job.Progress`)."""
         if progress.notice and progress.notice not in self._notices:
             self._notices.add(progress.notice)
             self.line(Text.assemble(("notice", "yellow"), f" {progress.notice}"))

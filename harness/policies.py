@@ -18,9 +18,9 @@ from harness.home import Home
 from harness.plan import Stage, unique_stages
 from harness.registry import Registry
 from harness.spec import EvaluationSpec, TrialSpec, load_experiment
+from harness.stages import load_dataset, load_trained
 from harness.trainer import Trainer
 from harness.typed import config_from_dict, content_hash
-from harness.worker import load_dataset, load_trained
 from results.records import TrialRecord
 
 if TYPE_CHECKING:

@@ -24,10 +24,11 @@ from harness.memory import GIB, Capacity, Cost, available_bytes, peak_bytes, sta
 from harness.plan import Plan, Stack, Stage
 from harness.registry import Registry
 from harness.spec import RunOptions
+from harness.stages import data_key, declared_stage, load_dataset
 from harness.storage import Storage, StorageError
 from harness.trainer import Trainer, check_precision, resolve_compile
+from harness.training_run import KEPT_CHECKPOINTS
 from harness.typed import config_to_dict, content_hash
-from harness.worker import KEPT_CHECKPOINTS, data_key, declared_stage, load_dataset
 from results.store import Store
 
 LOW_DISK_BYTES = 2 * GIB

@@ -21,6 +21,7 @@ from harness.display import Display
 from harness.failures import EngineError, classify, kernel_oom_kills, telling_line, with_end
 from harness.home import Home
 from harness.ingest import Ingester
+from harness.job import Job, Progress
 from harness.plan import Plan, Stack, Stage, balanced, is_done, make_plan
 from harness.plan_text import seed_ranges
 from harness.preflight import Probe, check, refuse
@@ -29,7 +30,6 @@ from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
 from harness.spool import Spool, SpoolError, read
 from harness.storage import Hold, StackBusyError, StorageError
-from harness.worker import Job, Progress
 from results.records import RunRecord
 from results.store import Store
 

@@ -27,8 +27,8 @@ from harness.plan import Stage, make_plan
 from harness.registry import Registry
 from harness.simulator import Simulator
 from harness.spec import Experiment, TrialSpec
+from harness.stages import load_dataset, load_trained
 from harness.trainer import Trainer, resolve_device
-from harness.worker import load_dataset, load_trained
 
 if TYPE_CHECKING:
     from harness.datasets.minari import RawDataset

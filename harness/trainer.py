@@ -1,7 +1,7 @@
 """The compiled step loop: K seeds of one learner advanced together.
 
 Owns the step counter, the compiled step, the finite check and the slicing of state by seed. It
-does not know files, databases, environments or Ray: `harness.worker` does the rest.
+does not know files, databases, environments or Ray: `harness.training_run` does the rest.
 """
 
 from __future__ import annotations

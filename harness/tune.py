@@ -39,18 +39,13 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from harness.failures import NOT_RETRIED, WORKER_DIED, EngineError, telling_line
+from harness.job import Job, Progress
 from harness.plan import Stage
 from harness.spec import RunOptions
+from harness.stages import data_key, hold_dataset, load_dataset
 from harness.stopping import interruptible
-from harness.worker import (
-    Job,
-    Progress,
-    StackBusyError,
-    data_key,
-    hold_dataset,
-    load_dataset,
-    run_stack,
-)
+from harness.storage import StackBusyError
+from harness.worker import run_stack
 
 REPORT_EVERY_S = 0.5
 STACKS_OF_A_TUNER = 500

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from harness import storage
 from harness.home import Home
+from harness.job import Job, Progress
 from harness.plan import Stack, is_done, make_plan, parted, unmeasured_stack
 from harness.preflight import Probe, check, refuse
 from harness.registry import Registry
 from harness.spec import Experiment, TrialSpec
-from harness.worker import Job, Progress, StackBusyError, run_stack
+from harness.storage import StackBusyError
+from harness.worker import run_stack
 from results.store import Store
 
 BUSY_WAIT_S = 5.0

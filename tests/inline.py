@@ -16,8 +16,9 @@ from harness.display import Display
 from harness.failures import NOT_RETRIED
 from harness.home import Home
 from harness.spec import load_experiment
+from harness.storage import StackBusyError
 from harness.sweep import Summary, run_sweep
-from harness.worker import StackBusyError, run_stack
+from harness.worker import run_stack
 from results.store import Store
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 def train_without_reading(config: dict[str, Any]) -> None:
     """Fails, also after the stack is done, unless its data lie in Ray's object store."""
-    from harness import tune, worker
+    from harness import stages, tune
 
     def refused(*_: Any) -> None:
         raise AssertionError("this worker read data that its node has")
 
-    worker.load_dataset = refused
+    stages.load_dataset = refused
     tune._train_stack(config)
-    (data,) = worker._held.values()
+    (data,) = stages._held.values()
     for name in ("obs", "action", "next_obs"):
         assert "plasma" in mapping(getattr(data, name).data_ptr()), "a copy"
 

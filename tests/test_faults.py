@@ -24,18 +24,19 @@ from harness.datasets.bandit2d import make_bandit2d
 from harness.datasets.record import DIGEST_FILE
 from harness.environments import Bandit2D
 from harness.ingest import Ingester
+from harness.job import Job
 from harness.plan import make_plan
 from harness.spec import load_experiment
 from harness.sweep import plan_sweep
-from harness.worker import Job, run_stack
+from harness.worker import run_stack
 from tests import inline
 from tests.processes import REPOSITORY, harness, ray_workers, wait_for, work_files
 
 TWO_DRIVERS = """
 import sys
 from pathlib import Path
-from harness import sweep, worker
-sweep.BUSY_RETRY_S, worker.LOCK_WAIT_S = 0.5, 0.2
+from harness import stages, sweep
+sweep.BUSY_RETRY_S, stages.LOCK_WAIT_S = 0.5, 0.2
 from tests import inline
 summary = inline.sweep(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
 sys.exit(not summary.ok)

@@ -20,6 +20,7 @@ from harness.artifacts import ArtifactStore
 from harness.datasets.bandit2d import make_bandit2d, make_ring2d
 from harness.environments import Bandit2D
 from harness.home import Home
+from harness.job import Job
 from harness.memory import GIB, Capacity, Cost, available_bytes, peak_bytes, stack_size
 from harness.plan import UNSIZED, make_plan
 from harness.preflight import PreflightError, Probe, check, refuse
@@ -27,7 +28,7 @@ from harness.registry import Registry
 from harness.spec import RunOptions, load_experiment
 from harness.trainer import Trainer
 from harness.work import Shard
-from harness.worker import Job, run_stack
+from harness.worker import run_stack
 from results.store import Store
 from tests import inline
 

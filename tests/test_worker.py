@@ -13,19 +13,22 @@ import pytest
 import torch
 from small_catalog import PLUGIN
 
-from harness import datasets, worker
+from harness import datasets, stages, storage, training_run
 from harness.artifacts import ArtifactStore
 from harness.datasets import cards
 from harness.evaluate import Evaluator
 from harness.home import Home
+from harness.job import Job
 from harness.plan import checkpoint_steps, make_plan
 from harness.spec import load_experiment
 from harness.spool import Spool, read
-from harness.sweep import clean_up
+from harness.storage import StackBusyError
+from harness.sweep import clean_up, plan_sweep
 from harness.trainer import Trainer
 from harness.work import work
-from harness.worker import Job, StackBusyError, run_stack
+from harness.worker import run_stack
 from results.records import EvalRecord, MetricRecord, RunRecord
+from results.store import Store
 from tests import inline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -77,7 +80,7 @@ def test_data_are_read_once_for_all_stacks_of_a_process_and_not_at_all_if_nothin
 
     monkeypatch.setattr(datasets, "load", counted)
     monkeypatch.setattr(cards, "load_raw", lambda name: cards_made.append(name) or load_raw(name))
-    worker._held.clear()
+    stages._held.clear()
     home, one = tmp_path / "home", ["run.max_stack=1"]
     assert inline.sweep(spec, home, one).trained == 3
     assert (loads, cards_made) == (["none"] * 2, ["generated/bandit2d-v0"]), "preflight, worker"
@@ -85,7 +88,7 @@ def test_data_are_read_once_for_all_stacks_of_a_process_and_not_at_all_if_nothin
     assert (len(loads), len(cards_made)) == (2, 1)
     assert inline.sweep(spec, home, [*one, "data.reward=normalize"]).trained == 3
     assert (loads[2:], len(cards_made)) == (["normalize"] * 2, 1)
-    assert len(worker._held) == 1, "room for one dataset"
+    assert len(stages._held) == 1, "room for one dataset"
 
 
 def test_a_stack_leaves_rows_and_a_verified_artifact_for_each_seed(spec, tmp_path):
@@ -156,7 +159,7 @@ def test_a_stack_stopped_within_an_evaluation_evaluates_first_when_it_continues(
     assert inline.sweep(spec, whole).ok
     home, stop = Home.find(parts), tmp_path / "stop"
     with monkeypatch.context() as patch:
-        patch.setattr("harness.worker.STOP_CHECK_S", -1.0)
+        patch.setattr("harness.training_run.STOP_CHECK_S", -1.0)
         run, calls = Evaluator.run, []
 
         def counted(*arguments):
@@ -192,7 +195,7 @@ def test_seeds_that_continue_together_are_evaluated_first_if_one_of_them_was_not
     stop.unlink()
     job = job_of(spec, home, ["seeds=1"], stop_file=stop)
     with monkeypatch.context() as patch:
-        patch.setattr("harness.worker.STOP_CHECK_S", -1.0)
+        patch.setattr("harness.training_run.STOP_CHECK_S", -1.0)
         before = lambda progress: stop.touch() if progress.phase == "evaluate" else None  # noqa: E731
         assert run_stack(job, before) == "interrupted"
     assert inline.sweep(spec, parts, ["seeds=0-1"]).trained == 1
@@ -278,6 +281,28 @@ def test_a_seed_whose_environment_fails_does_not_take_the_others_along(spec, tmp
     assert inline.rows(tmp_path / "home") == inline.rows(tmp_path / "whole")
 
 
+def test_a_computed_stage_that_is_stopped_begins_anew(spec, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(PLUGIN))
+    overrides, home = ["algorithms=[two_stage]", "run.max_stack=3"], Home.find(tmp_path / "home")
+    assert inline.sweep(spec, tmp_path / "whole", overrides).ok
+
+    def stop_halfway(progress):
+        if (progress.step, progress.steps) == (1, 2):  # only the calibration tells this
+            job.stop_file.touch()
+
+    with Store.open(home.database_url()) as store:
+        experiment = load_experiment(spec, overrides)
+        plan = plan_sweep(experiment, store, home)
+        teacher, calibration, _ = plan.stacks
+        assert run_stack(Job(teacher, experiment.run, home, {}), lambda progress: None) == "done"
+        job = Job(calibration, experiment.run, home, {}, tmp_path / "stop")
+        assert run_stack(job, stop_halfway) == "interrupted"
+    assert not any(storage.artifacts(home).has(stage.id) for stage in calibration.stages)
+    summary = inline.sweep(spec, home.root, overrides)
+    assert (summary.ok, summary.trained) == (True, 2)
+    assert inline.rows(home.root) == inline.rows(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("first", ["sweep", "work"])
 def test_a_trial_whose_earlier_stage_diverges_has_diverged(spec, tmp_path, monkeypatch, first):
     monkeypatch.syspath_prepend(str(PLUGIN))
@@ -319,7 +344,7 @@ def test_a_crash_is_recorded_with_its_traceback_and_retried_by_the_next_sweep(
         def broken(*arguments):
             raise RuntimeError("the simulator is on fire")
 
-        patch.setattr(worker.Evaluator, "run", broken)
+        patch.setattr(training_run.Evaluator, "run", broken)
         summary = inline.sweep(spec, tmp_path / "home")
     assert set(summary.statuses.values()) == {"failed"}
     assert all("on fire" in error for error in summary.errors.values())
@@ -327,11 +352,11 @@ def test_a_crash_is_recorded_with_its_traceback_and_retried_by_the_next_sweep(
 
 
 def test_a_stack_in_use_is_refused(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr(stages, "LOCK_WAIT_S", 0.1)
     home = Home.find(tmp_path / "home")
     job = job_of(spec, home)
     with (
-        worker._locked(home.stage(job.stack.stages[1].id)),
+        stages.locked(home.stage(job.stack.stages[1].id)),
         pytest.raises(StackBusyError, match="another process is working in"),
     ):
         run_stack(job, lambda progress: None)
@@ -366,7 +391,7 @@ def test_changed_data_are_noticed_before_training(spec, tmp_path, monkeypatch):
 def test_another_simulator_version_is_refused(spec, tmp_path, monkeypatch):
     home = Home.find(tmp_path / "home")
     job = job_of(spec, home)
-    found = type(worker.environments.evaluation_environment("generated/bandit2d-v0"))
+    found = type(training_run.environments.evaluation_environment("generated/bandit2d-v0"))
     monkeypatch.setattr(found, "simulator", property(lambda self: "mujoco 9.9"))
     with pytest.raises(ValueError, match=r"planned for .* this worker has 'mujoco 9\.9'"):
         run_stack(job, lambda progress: None)
@@ -424,7 +449,7 @@ def test_a_stage_that_was_published_before_a_kill_is_not_trained_again(spec, tmp
     monkeypatch.syspath_prepend(str(PLUGIN))
     job = job_of(spec, Home.find(tmp_path / "home"), ["algorithms=[two_stage]"])
     assert job.stack.seeds == (0, 1, 2)
-    publish, published = worker._publish, []
+    publish, published = stages.publish, []
 
     def killed_after_two(job, stage, *arguments):
         if len(published) == 2:
@@ -433,7 +458,7 @@ def test_a_stage_that_was_published_before_a_kill_is_not_trained_again(spec, tmp
         publish(job, stage, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "_publish", killed_after_two)
+        patch.setattr(training_run, "publish", killed_after_two)
         with pytest.raises(KeyboardInterrupt):
             run_stack(job, lambda progress: None)
     advance, trained = Trainer.advance, set()
@@ -453,13 +478,13 @@ def test_a_compiled_run_compiles_acting_if_asked_also_when_it_is_finished_later(
 ):
     """What is left after a kill acts as the whole run did."""
     modes = []
-    make = worker.Evaluator
+    make = training_run.Evaluator
 
     def noted(*arguments):
         modes.append(arguments[-1])
         return make(*arguments)
 
-    monkeypatch.setattr(worker, "Evaluator", noted)
+    monkeypatch.setattr(training_run, "Evaluator", noted)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # only the choice
     home = Home.find(tmp_path / "home")
     job = job_of(spec, home, ["steps=20", "run.compile=on", f"run.compile_act={asked}"])

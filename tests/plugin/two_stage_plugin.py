@@ -128,6 +128,7 @@ def calibrate(
 ) -> None:
     """Writes the teacher's mean residual, [K, 1, A]."""
     batch = dataset.transitions(rng, config.size)
+    out.progress(1, 2)
     state = inputs["teacher"].state
     mean = torch.tensor(dataset.spec.statistics.obs_mean, device=batch.obs.device)
     std = torch.tensor(dataset.spec.statistics.obs_std, device=batch.obs.device)
