@@ -29,10 +29,12 @@ from algorithms.blocks.layers import MLP
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.testing import (
+    CHECKS,
     ContractError,
     TinyDataset,
     cases,
     check_compiled,
+    check_one_graph,
     check_policy,
     check_recipe,
 )
@@ -235,25 +237,28 @@ GUIDED = {
 }
 
 
-SLOW = ("doser_cvae", "doser_paper", "doser_release")  # several stages, each traced
+VARIANTS = {**CONFIGS, **{name: (policy_guided.recipe, config) for name, config in GUIDED.items()}}
+NUMBERS = tuple(check for check in CHECKS if check is not check_one_graph)
+# Tracing takes ten times as long as all other checks: one configuration of each algorithm.
+TRACED = {recipe.name: name for name, (recipe, _) in reversed(VARIANTS.items())}
+TRACED |= {recipe.name: name for name, (recipe, _) in VARIANTS.items() if name == recipe.name}
+TRACED["bandit_policy"] = "bandit_policy_gaussian_q"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in CONFIGS]
-)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_contract_holds(name):
-    check_recipe(*CONFIGS[name])
+    check_recipe(*VARIANTS[name], checks=NUMBERS)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("guided", "world_model") else pytest.param(name, marks=pytest.mark.slow)
-        for name in GUIDED
+        name if name in TRACED.values() else pytest.param(name, marks=pytest.mark.slow)
+        for name in VARIANTS
     ],
 )
-def test_contract_holds_for_agents_on_generated_data(name):
-    check_recipe(policy_guided.recipe, GUIDED[name])
+def test_every_step_is_one_graph(name):
+    check_recipe(*VARIANTS[name], checks=[check_one_graph])
 
 
 def test_asymmetric_action_bounds_are_kept():
