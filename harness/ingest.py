@@ -76,6 +76,7 @@ class Ingester:
         self._seen: dict[str, set[str]] = {}  # stage id -> names in the storage
         self._foreign: set[str] = set()  # runs of trials that the database does not know
         self._shared: set[str] = set()  # stages whose spools have rows of such runs
+        self._unknown: dict[str, RunRecord] = {}  # by trial: the run of such a trial that counts
 
     def register(self, trials: Iterable[TrialSpec]) -> None:
         """Makes sure that trials and their datasets are in the database."""
@@ -102,6 +103,15 @@ class Ingester:
     def has_all(self, stage_id: str) -> bool:
         """Whether the database has every run of what was read of a stage's spool."""
         return stage_id not in self._shared and stage_id not in self.damaged
+
+    def statuses(self, trial_ids: Iterable[str]) -> dict[str, RunRecord]:
+        """As `Store.statuses`; of trials that the database does not know, what their spools say.
+
+        So a plan that registers nothing (a dry run) knows what `harness work` has done.
+        """
+        ids = list(trial_ids)
+        known = self.store.statuses(ids)
+        return {i: self._unknown[i] for i in ids if i in self._unknown} | known
 
     def leftovers(self) -> int:
         """Rows that an earlier driver did not get to read, from all spools.
@@ -157,6 +167,11 @@ class Ingester:
             runs = {run.run_id: run.trial_id for run in records if isinstance(run, RunRecord)}
             known = set(self.store.trials(set(runs.values()))["trial_id"])
             self._foreign |= {run for run, trial in runs.items() if trial not in known}
+            for run in records:
+                if isinstance(run, RunRecord) and run.run_id in self._foreign:
+                    before = self._unknown.get(run.trial_id)
+                    if before is None or before.status != "done":
+                        self._unknown[run.trial_id] = run
             kept = [row for row in records if getattr(row, "run_id", None) not in self._foreign]
             if len(kept) < len(records):
                 self._shared.add(stage_id)

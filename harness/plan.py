@@ -340,7 +340,7 @@ def make_plan(
     """What is left of an experiment.
 
     Args:
-        store: the results store (its `statuses` is asked), or None for an empty one.
+        store: what is asked for `statuses`: a results store, or an `Ingester`; None for nothing.
         artifacts: where finished stages are.
         work: the folder whose `<stage_id>/checkpoints/<step>/` are looked at for resuming.
         retry: statuses to run again. Unfinished trials always are; add "diverged" (or "done") to

@@ -342,7 +342,7 @@ def plan_sweep(
     probe.damaged = ingester.damaged
     return make_plan(
         experiment,
-        store,
+        ingester,
         storage.artifacts(home),
         home.work,
         registry,

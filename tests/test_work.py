@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -202,6 +203,18 @@ def test_a_share_trains_nothing_that_a_sweep_finished_since_it_was_planned(
         done, ended = do(spec, home, "0/1", tmp_path / "stop", store)
         assert {len(found) for found in store.runs()["segments"]} == {1}
     assert (done.stacks, done.failed, set(ended)) == (0, {}, {"done by another process"})
+
+
+def test_a_dry_run_knows_what_shares_have_done(spec, tmp_path):
+    """It registers no trials, and yet must not announce hours of training that nobody will do."""
+    home = tmp_path / "home"
+    do(spec, Home.find(home), "0/2", tmp_path / "stop")
+    command = ["sweep", str(spec), "--home", str(home), "--dry-run", "--json"]
+    plan = json.loads(CliRunner().invoke(cli.app, command).stdout)
+    assert (plan["counts"]["trials_done"], plan["counts"]["stacks"]) == (5, 3)
+    with Store.open(Home.find(home).database_url()) as store:
+        assert store.trials().empty
+    assert inline.sweep(spec, home).trained == 3
 
 
 def test_a_damaged_spool_costs_its_own_stack_only(spec, tmp_path):
