@@ -32,9 +32,11 @@ KINDS = {
         records.EvalRecord,
         records.MetricRecord,
         records.LatencyRecord,
+        records.DetectionRecord,
     )
 }
-"""What an archive holds; artifacts stay where they are, so their rows are left out."""
+"""What an archive holds; detections are those on the trials' datasets. Artifacts stay where they
+are, so their rows are left out."""
 
 _OF_RUNS = (records.EvalRecord, records.MetricRecord, records.LatencyRecord)
 

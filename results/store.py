@@ -402,13 +402,15 @@ class Store:
 
         Args:
             kinds: record classes.
-            trial_ids: of which trials; None for all.
+            trial_ids: of which trials, with the datasets they use; None for all of the database.
         """
         ids = None if trial_ids is None else list(trial_ids)
         trial, run = schema.trials, schema.runs
         of_trials = self._only(sa.select(trial.c.trial_id), trial.c.trial_id, ids)
         of_runs = self._only(sa.select(run.c.run_id), run.c.trial_id, ids)
         used = sa.select(trial.c.dataset_id).where(trial.c.trial_id.in_(of_trials))
+        if ids is None:
+            used = sa.select(schema.datasets.c.dataset_id)
         restrict = {
             DatasetRecord: schema.datasets.c.dataset_id.in_(used),
             TrialRecord: trial.c.trial_id.in_(of_trials),

@@ -14,7 +14,7 @@ from analysis.load import load_scores
 from results import archive
 from results.archive import Merged
 from results.errors import StoreError
-from results.records import EvalRecord, LatencyRecord, MetricRecord, RunRecord
+from results.records import DetectionRecord, EvalRecord, LatencyRecord, MetricRecord, RunRecord
 from results.store import Store
 from tests.test_analysis_leaderboard import A, B, complete, trial
 
@@ -28,6 +28,11 @@ def store():
         records += [MetricRecord(run, 5, "loss", float("nan")), MetricRecord(run, 5, "q", 1 / 3)]
         numbers = (1, False, "cpu", 1, 9, 0.5, 0.75, (0.5, 0.5))
         records.append(LatencyRecord(run, "2031-05-06T07:08:09Z", *numbers, {}, {"cpu": "A"}))
+        for dataset in (A, B):
+            numbers = ({"levels": 1}, 3, "uniform", 200, 0.9, 0.8, 0.4, "2031-05-06T07:08:09Z")
+            records.append(
+                DetectionRecord(dataset.dataset_id, dataset.digest, "cvae", *numbers, "abc", True)
+            )
         store.append(records)
         yield store
 
@@ -51,6 +56,18 @@ def test_only_the_trials_asked_for_are_written(store, tmp_path):
         assert set(again.trials().trial_id) == set(wanted)
         assert set(again.datasets().dataset_id) == {B.dataset_id}
         assert set(again.evaluations().trial_id) <= set(wanted)
+        assert set(again.detections().dataset_id) == {B.dataset_id}
+
+
+def test_detections_are_kept_where_nothing_was_trained(tmp_path):
+    path = tmp_path / "rows.parquet"
+    found = ("cvae", {}, 0, "uniform", 9, 0.9, 0.8, 0.4, "2031-05-06T07:08:09Z", "abc", False)
+    with Store.open("sqlite://") as store:
+        store.append([A, DetectionRecord(A.dataset_id, A.digest, *found)])
+        assert archive.write(store, path) == 2
+    with archive.open_archive(path) as again:
+        (row,) = again.detections().itertuples()
+        assert (row.detector, row.auroc, row.git_commit) == ("cvae", 0.9, "abc")
 
 
 def test_merging_makes_trials_of_elsewhere_done_here_and_again_changes_nothing(store, tmp_path):
