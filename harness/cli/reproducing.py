@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from harness.cli.reading import draw_figures, print_leaderboard
 from harness.cli.running import stoppable, sweep_experiment
 
 if TYPE_CHECKING:
+    from harness.registry import Registry
     from harness.spec import Experiment
 
 QUICKSTART_STEPS = 50_000  # of PointMaze data; about 20 s of simulation
@@ -183,15 +185,23 @@ def published_settings(
     algorithm: str, preset: str, names: tuple[str, ...]
 ) -> dict[str, Any] | None:
     """Settings of the algorithm's table for a dataset, flat; None where it is not registered."""
-    from harness.registry import Registry, UnknownAlgorithmError, hparams_for
+    from harness.registry import UnknownAlgorithmError, hparams_for
     from harness.spec import data_spec_class, data_to_dict
     from harness.typed import config_from_dict, config_to_dict
 
     try:
-        recipe = Registry().get(algorithm)
+        recipe = _registry().get(algorithm)
     except UnknownAlgorithmError:
         return None
     found = hparams_for(recipe, names, preset)
     config = config_to_dict(config_from_dict(recipe.config, found.config, algorithm))
     data = data_to_dict(data_spec_class()(**found.data))
     return {**config, **{f"data.{name}": value for name, value in data.items()}}
+
+
+@functools.cache
+def _registry() -> Registry:
+    """One for all printed numbers: to look for packages that have algorithms takes 50 ms."""
+    from harness.registry import Registry
+
+    return Registry()
