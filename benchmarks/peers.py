@@ -3,6 +3,7 @@
     python benchmarks/peers.py [--diffusion-ql DIR] [--idql DIR] [--cleandiffuser DIR]
                                [--corl DIR] [--unifloral DIR]
                                [--python NAME=PATH] [--device cpu] [--seconds 10] [--evaluation]
+                               [--seeds 1 4] [--precisions float32 mixed]
 
 DIR is the user's own clone of github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL,
 philippe-eecs/IDQL, CleanDiffuserTeam/CleanDiffuser, tinkoff-ai/CORL or EmptyJackson/unifloral;
@@ -543,6 +544,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 4], help="sizes of our stacks")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        default=["float32", "mixed"],
+        metavar="P",
+        help="of ours; mixed is slow on a CPU without bfloat16",
+    )
     parser.add_argument("--evaluation", action="store_true", help="the official loop as well")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--child-evaluation", help=argparse.SUPPRESS)
@@ -565,7 +573,7 @@ def main() -> None:
         print(f"{table}, Hopper's sizes, {arguments.device}: seeds x steps per second in total")
         print(f"{'contestant':<34} {'processes x threads':>20} {'rate':>8} {'ratio':>7}   all")
         rows = [item for item in contestants if item[1].table == table]
-        for precision in ("float32", "mixed"):
+        for precision in arguments.precisions:
             for seeds in arguments.seeds:
                 rows.append((sys.executable, Contestant(table, "ours", "", seeds, precision)))
         base = None
