@@ -114,7 +114,8 @@ def sweep_experiment(
             experiment, store, found, display, run_queue, retry=retry, plan=planned, probe=probe
         )
         if as_json:
-            print(json.dumps({"counts": summary.counts, "errors": summary.errors}))
+            said = {"counts": summary.counts, "errors": summary.errors}
+            print(json.dumps({**said, "damaged": list(summary.damaged)}))
         else:
             _print_summary(summary, store.url)
     if summary.interrupted:
