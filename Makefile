@@ -29,7 +29,7 @@ quickstart: install  ## the main job, on generated data, in a few minutes
 	$(BIN)/harness quickstart
 
 test: install  ## fast tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=20 -m "not slow and not gpu"
 
 test-slow: install  ## slow tests: faults, full sweeps, compiled steps
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -296,8 +296,12 @@ def test_the_command_reads_the_shipped_archives_and_compares_no_surrogate(tmp_pa
     assert result.exit_code == 0
     found = json.loads(result.stdout)["judgements"]
     shipped = [
-        f"surrogate/hopper/{name}-v0 (local) is not hopper-{name}-v2"
-        for name in ("medium", "medium-replay")
+        f"surrogate/{robot}/{name}-v0 (local) is not {robot}-{name}-v2"
+        for robot, name in (
+            ("hopper", "medium"),
+            ("hopper", "medium-replay"),
+            ("halfcheetah", "medium"),
+        )
     ]
     for judgement in found:
         assert judgement["verdict"] == "not comparable"
