@@ -451,7 +451,6 @@ CHECKS = (
     check_strict_loading,
     check_isolation,
     check_one_graph,
-    check_policy,
 )
 
 
@@ -537,7 +536,7 @@ def check_recipe(
     recipe: Recipe,
     config: Any = None,
     dataset: Any = None,
-    checks: Sequence[Callable[[Case], None]] = CHECKS,
+    checks: Sequence[Callable[[Case], None]] = (*CHECKS, check_policy),
 ) -> None:
     """Runs every quick check on every `Train` stage of a recipe, `check_policy` on the last alone.
 

@@ -548,7 +548,7 @@ def main() -> None:
         "--precisions",
         nargs="+",
         default=["float32", "mixed"],
-        metavar="P",
+        choices=["float32", "tf32", "mixed"],
         help="of ours; mixed is slow on a CPU without bfloat16",
     )
     parser.add_argument("--evaluation", action="store_true", help="the official loop as well")

@@ -172,7 +172,8 @@ class Queue:
                 bad.setdefault(how, []).append(stage.seed)
         text = Text(f"{title(stack)}: {outcome}")
         if outcome == "failed":
-            text = Text.assemble((text.plain, "red"), f" {error}")
+            text.stylize("red")
+            text += f" {error}"
         elif bad and done:
             text += ", but " + " and ".join(f"seeds {seeds} {how}" for how, seeds in bad.items())
         self.display.end(stack.id, text)
@@ -443,9 +444,8 @@ def run_sweep(
         stop_file.unlink(missing_ok=True)
         ingester = Ingester(store, home)
         ingester.leftovers()
-    summary = _summary(experiment, store, trained, time.monotonic() - started, blocked)
-    damaged = tuple(ingester.damaged.values())
-    return replace(summary, interrupted=interrupted, damaged=damaged)
+    seconds, damaged = time.monotonic() - started, tuple(ingester.damaged.values())
+    return _summary(experiment, store, trained, seconds, interrupted, blocked, damaged)
 
 
 def failed_trials(plan: Plan, failed: Mapping[str, str]) -> dict[str, str]:
@@ -506,7 +506,9 @@ def _summary(
     store: Store,
     trained: int,
     seconds: float,
+    interrupted: bool,
     blocked: dict[str, str],
+    damaged: tuple[str, ...],
 ) -> Summary:
     ids = [trial.id for trial in experiment.trials]
     runs = store.statuses(ids)
@@ -515,4 +517,6 @@ def _summary(
         errors=blocked | {i: run.error for i, run in runs.items() if run.error},
         trained=trained,
         seconds=seconds,
+        interrupted=interrupted,
+        damaged=damaged,
     )

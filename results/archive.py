@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from results import records
 from results.errors import ArchiveError
-from results.records import Record
+from results.records import FINISHED, Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -157,15 +157,13 @@ def _merge(store: Store, rows: list[Record], keep_unfinished: bool) -> Merged:
     known = unfinished = 0
     for trial_id, runs in incoming.items():
         ours = [run for run in here[trial_id] if not any(_same(run, other) for other in runs)]
-        decided = any(run.status in records.FINISHED for run in ours)
+        decided = any(run.status in FINISHED for run in ours)
         known += decided
         for run in runs:
             same = next((other for other in here[trial_id] if _same(run, other)), None)
             if same is not None:
                 kept[run.run_id] = same
-            elif (
-                not decided and run.status not in records.FINISHED and (ours or not keep_unfinished)
-            ):
+            elif not decided and run.status not in FINISHED and (ours or not keep_unfinished):
                 unfinished += 1
             elif not decided:
                 kept[run.run_id] = _beside(run, ours)

@@ -238,7 +238,7 @@ GUIDED = {
 
 
 VARIANTS = {**CONFIGS, **{name: (policy_guided.recipe, config) for name, config in GUIDED.items()}}
-NUMBERS = tuple(check for check in CHECKS if check is not check_one_graph)
+NUMBERS = (*(check for check in CHECKS if check is not check_one_graph), check_policy)
 # Tracing takes ten times as long as all other checks: one configuration of each algorithm.
 TRACED = {recipe.name: name for name, (recipe, _) in reversed(VARIANTS.items())}
 TRACED |= {recipe.name: name for name, (recipe, _) in VARIANTS.items() if name == recipe.name}
