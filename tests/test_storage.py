@@ -15,11 +15,13 @@ from small_catalog import PLUGIN
 from harness import cluster, preflight, storage, sweep
 from harness.artifacts import ArtifactError
 from harness.home import Home
+from harness.ingest import Ingester
 from harness.spec import load_experiment
 from harness.spool import Spool, parse
 from harness.storage import Hold, StackBusyError, Storage, StorageError
 from harness.work import Shard, work
 from results.records import MetricRecord
+from results.store import Store
 from tests import inline
 from tests.processes import harness, ray_workers, wait_for
 
@@ -241,6 +243,22 @@ def test_damaged_objects_are_named_and_never_used(tmp_path, url, how):
         Hold(b, [STAGE], "one").__enter__()
     assert not b.spool(STAGE).exists()
     Storage(url).remove(f"artifacts/{STAGE}/{'0' * 64}")  # deleting what is absent is fine
+
+
+def test_damaged_rows_of_one_stage_do_not_keep_a_driver_from_the_others(tmp_path, url):
+    a, b = node(tmp_path, "a", url), node(tmp_path, "b", url)
+    for stage in (STAGE, OTHER):
+        spooled(a, range(3), stage)
+        with Hold(a, [stage], "one") as hold:
+            hold.push_rows()
+    (rows,) = (tmp_path / "storage" / "work" / STAGE / "rows").iterdir()
+    damage(rows, "flipped")
+    with Store.open("sqlite://") as store:
+        ingester = Ingester(store, b)
+        ingester.leftovers()
+    assert set(ingester.damaged) == {STAGE}
+    assert f"{url}/work/{STAGE}/rows/{rows.name} is damaged" in ingester.damaged[STAGE]
+    assert [ingester.has_all(stage) for stage in (STAGE, OTHER)] == [False, True]
 
 
 class DyingFileSystem(LocalFileSystem):
