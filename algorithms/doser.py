@@ -28,12 +28,13 @@ Order in a step, as there: temperature, actor (every 2nd step), critics and V, t
 (every 2nd). The code exits where the mean Q of the policy's actions passes 5e4; here that seed has
 diverged (`limits`).
 Deviations: (a) candidates are made by a sampler of the model's distribution, once for every
-observation of the data (`sampler`, `candidates`). (b) Where the smallest reward is positive, the
-rule's Q_min is 0. (c) tanh's log density is exact, without the code's 1e-6. (d) Models belong to a
-seed unless `shared_models`. (e) Actions are scaled to [-1, 1] by dimension. (f) The actor's rate
-decays over the run's own `steps`, in the code over 1e6 whatever the run's length. (g) At a terminal
-step the dynamics learn the state that was reached; the code's data have the next episode's first
-there (D4RL's shift by one), which teaches that a fall leads to a good state.
+observation of the data (`sampler`, `candidates`); with a `budget` only so many OOD rows of a batch
+are classified. (b) Where the smallest reward is positive, the rule's Q_min is 0. (c) tanh's log
+density is exact, without the code's 1e-6. (d) Models belong to a seed unless `shared_models`. (e)
+Actions are scaled to [-1, 1] by dimension. (f) The actor's rate decays over the run's own `steps`,
+in the code over 1e6 whatever the run's length. (g) At a terminal step the dynamics learn the state
+that was reached; the code's data have the next episode's first there (D4RL's shift by one), which
+teaches that a fall leads to a good state.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ LOG_STD = (-5.0, 2.0)  # limits of the actor's log-std (code)
 CHOICES = {
     "treatment": ("full", "no_compensation", "uniform"),
     "detector": ("diffusion", "stratified", "cvae"),
-    "candidates": ("cached", "all", "budget"),
+    "candidates": ("cached", "sampled"),
     "sampler": ("heun", "release"),
     "backup": ("policy", "behaviour"),
     "id_value": ("online", "target"),
@@ -112,8 +113,8 @@ class Config:
     state_levels: int = 1  # noise levels averaged in an observation's error; 1 or 10 (code)
     fixed_levels: tuple[float, ...] = (0.05, 0.2, 0.5, 2.0, 5.0)  # of `stratified` (ours)
     num_candidates: int = 10  # N (paper and code)
-    candidates: str = "cached"  # cached | all rows of a batch (code) | budget: flagged rows
-    budget: int = 64  # rows of a batch that `budget` can treat; the others are counted and left
+    candidates: str = "cached"  # cached: made once for the data | sampled in every step (code)
+    budget: int = 0  # OOD rows of a batch that are classified, others counted and left; 0: all rows
     sampler: str = "heun"  # heun (ours) | release, of 100 steps (code)
     sampler_steps: int = 15  # heun calls the model 2 n - 1 times, release n times
     backup: str = "policy"  # a' of policy (code) | behaviour: the data's own (paper, Eq. 10)
@@ -140,8 +141,10 @@ class Config:
                 )
         if self.dynamics_gate and self.dynamics_members < 2:
             raise ValueError("dynamics_gate needs dynamics_members of at least 2 to disagree")
-        if not 1 <= self.budget <= self.batch_size:
-            raise ValueError(f"budget is {self.budget}; expected 1 to batch_size, its rows")
+        if not 0 <= self.budget <= self.batch_size:
+            raise ValueError(
+                f"budget is {self.budget}; expected 1 to batch_size, rows of a batch, or 0: all"
+            )
 
     @property
     def levels(self) -> tuple[float, ...]:
@@ -395,29 +398,22 @@ class DOSER(nn.Module):
         return mean_error(errors, getattr(self, "action_scale", None))
 
     def classify(self, batch: Batch, obs: Tensor, chosen: Tensor, ood: Tensor, rng: Rng) -> Verdict:
-        """A- and A+ among the OOD actions.
-
-        Under `budget` only the first `budget` OOD rows are looked at (any others if there are
-        fewer), and the results are put back in their places.
-        """
+        """A- and A+ among the OOD actions; under a `budget`, among the first so many of them."""
         sigma, noise = self.state_noise.draw(rng, *obs.shape[1:])
-        if self.config.candidates == "cached":
-            assert batch.index is not None
-            seed = torch.arange(obs.shape[0], device=obs.device).unsqueeze(1)
-            actions = self.cached[seed, batch.index]  # [K, B, N, A]
+        budget, rows = self.config.budget, obs.shape[1]
+        if budget in (0, rows):
+            actions = self.candidate_actions(batch, obs, None, rng)
             return self.classify_rows(obs, chosen, ood, actions, sigma, noise)
-        if self.config.candidates == "all":
-            actions = self.sample_candidates(obs, rng)
-            return self.classify_rows(obs, chosen, ood, actions, sigma, noise)
-        place = torch.argsort((~ood).int(), dim=1, stable=True)[:, : self.config.budget]  # [K, M]
+        place = torch.argsort((~ood).int(), dim=1, stable=True)[:, :budget]  # [K, M], OOD first
 
-        def rows(values: Tensor) -> Tensor:
+        def some(values: Tensor) -> Tensor:
             index = place.view(*place.shape, *(1,) * (values.dim() - 2))
             return values.take_along_dim(index, dim=1)
 
-        some = rows(obs)
-        actions = self.sample_candidates(some, rng)
-        part = self.classify_rows(some, rows(chosen), rows(ood), actions, rows(sigma), rows(noise))
+        actions = self.candidate_actions(batch, some(obs), place, rng)
+        part = self.classify_rows(
+            some(obs), some(chosen), some(ood), actions, some(sigma), some(noise)
+        )
         nowhere = torch.zeros_like(ood)
         target = torch.zeros_like(obs[..., 0]).scatter(1, place, part.target)
         return Verdict(
@@ -426,6 +422,22 @@ class DOSER(nn.Module):
             target,
             ood & ~nowhere.scatter(1, place, True),
         )
+
+    def candidate_actions(
+        self, batch: Batch, obs: Tensor, place: Tensor | None, rng: Rng
+    ) -> Tensor:
+        """N actions of the behaviour in each of M rows, [K, M, N, A].
+
+        Args:
+            obs: of these rows, [K, M, O].
+            place: where they are in the batch, [K, M]; None for all of it.
+        """
+        if self.config.candidates == "sampled":
+            return self.sample_candidates(obs, rng)
+        assert batch.index is not None
+        index = batch.index if place is None else batch.index.take_along_dim(place, dim=1)
+        seed = torch.arange(obs.shape[0], device=obs.device).unsqueeze(1)
+        return self.cached[seed, index]
 
     def sample_candidates(self, obs: Tensor, rng: Rng) -> Tensor:
         """N actions of the behaviour for each row, [K, M, N, A]."""

@@ -8,8 +8,9 @@ be read:
 
     floor      soft actor-critic with four critics: the agent's update without detector and penalty
     uniform    detector and uniform penalty
-    cached     the whole algorithm, candidates made beforehand
-    budget     candidates sampled in the step for 64 flagged rows (15 Heun steps)
+    cached     the whole algorithm, candidates made beforehand, every row classified
+    flagged    the same, only 64 OOD rows classified (`budget`)
+    sampled    candidates sampled in the step for 64 OOD rows (15 Heun steps)
     release    candidates for all rows by the code's 100 steps
 
 GFLOP are matrix products of a step and seed, counted. Ratios are to the floor of the same mode and
@@ -38,8 +39,9 @@ CASES: dict[str, dict[str, Any]] = {
     "floor": {"treatment": "uniform"},
     "uniform": {"treatment": "uniform"},
     "cached": {},
-    "budget": {"candidates": "budget"},
-    "release": {"candidates": "all", "sampler": "release", "sampler_steps": 100},
+    "flagged": {"budget": 64},
+    "sampled": {"candidates": "sampled", "budget": 64},
+    "release": {"candidates": "sampled", "sampler": "release", "sampler_steps": 100},
 }
 
 

@@ -66,7 +66,6 @@ SMALL_IDQL = idql.Config(
 SMALL_DOSER = doser.Config(
     hidden_dim=16,
     batch_size=16,
-    budget=8,
     diffusion_batch_size=16,
     dynamics_batch_size=16,
     num_candidates=3,
@@ -139,7 +138,8 @@ CONFIGS = {
         doser.recipe,
         replace(
             SMALL_DOSER,
-            candidates="budget",
+            candidates="sampled",
+            budget=8,
             backup="behaviour",
             id_value="target",
             reduction="sum",
@@ -150,7 +150,7 @@ CONFIGS = {
         doser.recipe,
         replace(
             SMALL_DOSER,
-            candidates="all",
+            candidates="sampled",
             sampler="release",
             dynamics_members=2,
             dynamics_gate=True,

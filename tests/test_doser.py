@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from algorithms import doser_models
 from algorithms.api import StageInput
 from algorithms.blocks.edm import Preconditioning
 from algorithms.blocks.rng import Rng, Stream
-from algorithms.doser import DOSER, Config, agent_needs, recipe, stages
+from algorithms.doser import DOSER, Config, Verdict, agent_needs, recipe, stages
 from algorithms.testing import Case, TinyDataset, cases
 
 SEEDS = (3, 1)
@@ -25,7 +26,6 @@ SMALL = Config(
     steps=40,
     hidden_dim=16,
     batch_size=32,
-    budget=32,
     diffusion_batch_size=16,
     dynamics_batch_size=16,
     num_candidates=3,
@@ -188,7 +188,7 @@ def test_the_actors_rate_falls_to_zero_over_its_own_updates():
     assert torch.equal(before, learner.actor.layers[0].weight)
 
 
-# --------------------------------------------------------------- candidates, three arrangements
+# ----------------------------------------------------------------- candidates, arrangements
 
 
 def invented(obs: torch.Tensor) -> torch.Tensor:
@@ -199,25 +199,28 @@ def invented(obs: torch.Tensor) -> torch.Tensor:
 
 def test_the_arrangements_of_candidates_agree_on_losses():
     found = {}
-    for arrangement in ("cached", "all", "budget"):
-        learner = case_of(candidates=arrangement).build()
-        if arrangement == "cached":
+    for arrangement in product(("cached", "sampled"), (0, 31)):  # 31: OOD rows are fewer
+        candidates, budget = arrangement
+        learner = case_of(candidates=candidates, budget=budget).build()
+        if candidates == "cached":
             obs = learner.normalizer(DATASET.obs.expand(len(SEEDS), -1, -1))
             learner.cached = invented(obs)
         else:
             learner.sample_candidates = lambda obs, rng: invented(obs)
         found[arrangement] = [advance(learner, step) for step in range(4)]
     for step in range(4):
-        expected = found["cached"][step]
+        expected = found["cached", 0][step]
         assert expected["ood_rate"].min() > 0
-        for arrangement in ("all", "budget"):
-            assert found[arrangement][step].keys() == expected.keys()
-            for name, value in found[arrangement][step].items():
+        assert (expected["ood_rate"] * 32 <= 31).all()
+        for metrics in found.values():
+            assert metrics[step].keys() == expected.keys()
+            for name, value in metrics[step].items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_rows_beyond_the_budget_are_counted_and_left_alone():
-    wide, narrow = case_of(candidates="all").build(), case_of(candidates="budget", budget=3).build()
+    wide = case_of(candidates="sampled").build()
+    narrow = case_of(candidates="sampled", budget=3).build()
     for learner in (wide, narrow):
         learner.sample_candidates = lambda obs, rng: invented(obs)
     everything, part = advance(wide, 0), advance(narrow, 0)
@@ -228,19 +231,31 @@ def test_rows_beyond_the_budget_are_counted_and_left_alone():
     assert (part["td_error"] == everything["td_error"]).all()
 
 
-def test_cached_candidates_are_those_of_the_row_and_of_the_seed():
-    case = case_of()
+@pytest.mark.parametrize("budget", [0, 5])
+def test_cached_candidates_are_those_of_the_row_and_of_the_seed(budget):
+    case = case_of(budget=budget)
     learner = case.build()
     stored = torch.cat([case.inputs["candidates"][s].state["actions"] for s in SEEDS])
     assert stored.shape == (2, 60, 3, 2)
     assert "cached" not in learner.state_dict(), "too large for checkpoints"
     given = {}
-    learner.classify_rows = lambda obs, chosen, ood, actions, *rest: given.update(a=actions)
+    nothing = torch.zeros(len(SEEDS), budget or SMALL.batch_size, dtype=torch.bool)
+    verdict = Verdict(nothing, nothing, nothing.float(), nothing)
+
+    def classify_rows(obs, chosen, ood, actions, *rest):
+        given.update(a=actions)
+        return verdict
+
+    learner.classify_rows = classify_rows
     rng = rng_of(SEEDS)
     batch = learner.sample(DATASET, rng)
-    learner.classify(batch, batch.obs, batch.action, batch.reward > 0, rng)
+    ood = batch.reward > batch.reward.median()
+    asked = learner.classify(batch, batch.obs, batch.action, ood, rng)
+    overflow = ood.sum(dim=1) - budget if budget else torch.zeros(len(SEEDS), dtype=torch.int64)
+    assert asked.overflow.sum(dim=1).tolist() == overflow.tolist()
     for k in (0, 1):
-        assert torch.equal(given["a"][k], stored[k, batch.index[k]])
+        index = batch.index[k][ood[k]][:5] if budget else batch.index[k]
+        assert torch.equal(given["a"][k], stored[k, index])
 
 
 def test_heun_samples_an_exact_gaussian_and_the_releases_sampler_draws_it_together():
@@ -494,7 +509,7 @@ def test_a_treatment_trains_only_the_models_it_uses():
             "uniform": {"treatment": "uniform"},
             "cvae": {"treatment": "uniform", "detector": "cvae"},
             "cvae, full": {"detector": "cvae"},
-            "budget": {"candidates": "budget"},
+            "sampled": {"candidates": "sampled"},
         }.items()
     }
     models = ["behaviour", "states", "dynamics"]
@@ -503,7 +518,7 @@ def test_a_treatment_trains_only_the_models_it_uses():
     assert names["cvae"] == ["cvae", "thresholds", "agent"]
     assert names["cvae, full"] == ["behaviour", "cvae", "states", "dynamics", "thresholds",
                                    "candidates", "agent"]  # fmt: skip
-    assert names["budget"] == [*models, "thresholds", "agent"]
+    assert names["sampled"] == [*models, "thresholds", "agent"]
     shared = stages(replace(SMALL, shared_models=True))
     assert [stage.per_seed for stage in shared] == [False] * 5 + [True]
     assert agent_needs(SMALL) == ("behaviour", "states", "dynamics", "thresholds", "candidates")

@@ -13,7 +13,7 @@ from results.store import Store
 from tests import inline
 
 SMALL = (
-    "hidden_dim: 8, batch_size: 8, budget: 8, model_steps: 2, diffusion_batch_size: 8, "
+    "hidden_dim: 8, batch_size: 8, model_steps: 2, diffusion_batch_size: 8, "
     "dynamics_batch_size: 8, num_candidates: 2, sampler_steps: 1"
 )
 SPEC = f"""

@@ -53,7 +53,6 @@ SMALL_VDD = vdd.Config(
 SMALL_DOSER = doser.Config(
     hidden_dim=32,
     batch_size=32,
-    budget=16,
     diffusion_batch_size=32,
     dynamics_batch_size=32,
     percentile=50.0,
@@ -88,7 +87,8 @@ TRIALS = {
         doser.recipe,
         replace(
             SMALL_DOSER,
-            candidates="budget",
+            candidates="sampled",
+            budget=16,
             backup="behaviour",
             id_value="target",
             reduction="sum",
