@@ -47,6 +47,7 @@ from algorithms.blocks.rng import Stream
 from algorithms.blocks.vae import VAE, latent_kl
 
 ROWS = 4096  # of the dataset in one pass of a stage that computes; also fixes its draws
+CACHE_ROWS = 64  # whose candidates' activations a CPU keeps in its cache: 3 times as fast as ROWS
 HIGHEST = 10.0  # level the sampler of valid candidates starts from
 KL_COEF = 0.5  # of the CVAE, BCQ's
 
@@ -296,13 +297,20 @@ def candidates(
 ) -> None:
     """N samples of the behaviour at every observation of the data: `actions`, [K, S, N, A]."""
     net = ActionDiffusion.trained(inputs["behaviour"], dataset.spec)
-    parts = [
-        sample_behaviour(net, obs, config, rng).cpu() for _, obs, _ in _passes(dataset, inputs, out)
-    ]
+    parts = []
+    for _, obs, _ in _passes(dataset, inputs, out):
+        rows = None if obs.is_cuda else CACHE_ROWS
+        parts.append(sample_behaviour(net, obs, config, rng, rows).cpu())
     out.array("actions", torch.cat(parts, dim=1))
 
 
-def sample_behaviour(net: ScoreNet, obs: Tensor, config: CandidateConfig, rng: Rng) -> Tensor:
+def sample_behaviour(
+    net: ScoreNet,
+    obs: Tensor,
+    config: CandidateConfig,
+    rng: Rng,
+    rows_at_once: int | None = None,
+) -> Tensor:
     """N actions of the behaviour model at each observation, [K, rows, N, A].
 
     `heun` is EDM's second-order sampler, moved into the bounds. It starts at `HIGHEST`, not at 80:
@@ -312,21 +320,37 @@ def sample_behaviour(net: ScoreNet, obs: Tensor, config: CandidateConfig, rng: R
     scaled to the first of them, the noise between two levels is that of their difference, and
     nothing is clipped. It is no sampler of the model's distribution: with far too little noise, it
     denoises again and again and draws its samples together.
+
+    Args:
+        rows_at_once: that go through the network together; None for all. No draw depends on it.
     """
     shape = (obs.shape[1], config.count, net.dim)
-    denoiser = denoiser_of(net, obs)
     if config.sampler == "heun":
         sigmas = Preconditioning(sigma_max=HIGHEST).karras_sigmas(config.steps).to(obs.device)
-        return heun(denoiser, sigmas[0] * rng.normal(*shape), sigmas).clamp(-1.0, 1.0)
-    sigma = EDM.log_logistic(rng.uniform(config.steps)).sort(dim=1, descending=True).values
-    between = (sigma[:, :-1].square() - sigma[:, 1:].square()).clamp(min=0.0).sqrt()  # [K, steps-1]
-    noise = rng.normal(*shape[:-1], config.steps - 1, shape[-1])
-    x = rng.normal(*shape)
-    for i in range(config.steps):
-        x = denoiser(x, sigma[:, i].view(-1, 1, 1))
-        if i < config.steps - 1:
-            x = x + between[:, i].view(-1, 1, 1, 1) * noise[..., i, :]
-    return x
+        draws: tuple[Tensor, ...] = (sigmas[0] * rng.normal(*shape),)
+
+        def denoise(obs: Tensor, x: Tensor, *_: Tensor) -> Tensor:
+            return heun(denoiser_of(net, obs), x, sigmas).clamp(-1.0, 1.0)
+
+    else:
+        sigma = EDM.log_logistic(rng.uniform(config.steps)).sort(dim=1, descending=True).values
+        between = (sigma[:, :-1].square() - sigma[:, 1:].square()).clamp(min=0.0).sqrt()
+        noise = rng.normal(*shape[:-1], config.steps - 1, shape[-1])
+        draws = (rng.normal(*shape), noise)
+
+        def denoise(obs: Tensor, x: Tensor, *noises: Tensor) -> Tensor:
+            (noise,) = noises
+            denoiser = denoiser_of(net, obs)
+            for i in range(config.steps):
+                x = denoiser(x, sigma[:, i].view(-1, 1, 1))
+                if i < config.steps - 1:
+                    x = x + between[:, i].view(-1, 1, 1, 1) * noise[..., i, :]
+            return x
+
+    if rows_at_once is None:
+        return denoise(obs, *draws)
+    parts = zip(*(values.split(rows_at_once, dim=1) for values in (obs, *draws)), strict=True)
+    return torch.cat([denoise(*part) for part in parts], dim=1)
 
 
 def _passes(

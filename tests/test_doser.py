@@ -276,6 +276,8 @@ def test_heun_samples_an_exact_gaussian_and_the_releases_sampler_draws_it_togeth
     for sampler, steps in (("heun", 15), ("release", 100)):
         config = doser_models.CandidateConfig(1, sampler, steps)
         drawn = doser_models.sample_behaviour(Exact(), obs, config, rng_of((0,)))
+        by_parts = doser_models.sample_behaviour(Exact(), obs, config, rng_of((0,)), 1500)
+        torch.testing.assert_close(by_parts, drawn)
         spread[sampler] = drawn.std().item()
     clipped = np.clip(std * np.random.default_rng(0).standard_normal(200_000), -1, 1).std()
     assert spread["heun"] == pytest.approx(clipped, rel=0.05)
