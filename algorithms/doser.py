@@ -28,13 +28,14 @@ Order in a step, as there: temperature, actor (every 2nd step), critics and V, t
 (every 2nd). The code exits where the mean Q of the policy's actions passes 5e4; here that seed has
 diverged (`limits`).
 Deviations: (a) candidates are made by a sampler of the model's distribution, once for every
-observation of the data (`sampler`, `candidates`); with a `budget` only so many OOD rows of a batch
-are classified. (b) Where the smallest reward is positive, the rule's Q_min is 0. (c) tanh's log
-density is exact, without the code's 1e-6. (d) Models belong to a seed unless `shared_models`. (e)
-Actions are scaled to [-1, 1] by dimension. (f) The actor's rate decays over the run's own `steps`,
-in the code over 1e6 whatever the run's length. (g) At a terminal step the dynamics learn the state
-that was reached; the code's data have the next episode's first there (D4RL's shift by one), which
-teaches that a fall leads to a good state.
+observation of the data (`sampler`, `candidates`); with a `budget` so many OOD rows of a batch stand
+for all of them, which changes the regularisers' noise, not their expectation. (b) Where the
+smallest reward is positive, the rule's Q_min is 0. (c) tanh's log density is exact, without the
+code's 1e-6. (d) Models belong to a seed unless `shared_models`. (e) Actions are scaled to [-1, 1]
+by dimension. (f) The actor's rate decays over the run's own `steps`, in the code over 1e6 whatever
+the run's length. (g) At a terminal step the dynamics learn the state that was reached; the code's
+data have the next episode's first there (D4RL's shift by one), which teaches that a fall leads to a
+good state.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Config:
     fixed_levels: tuple[float, ...] = (0.05, 0.2, 0.5, 2.0, 5.0)  # of `stratified` (ours)
     num_candidates: int = 10  # N (paper and code)
     candidates: str = "cached"  # cached: made once for the data | sampled in every step (code)
-    budget: int = 0  # OOD rows of a batch that are classified, others counted and left; 0: all rows
+    budget: int = 0  # OOD rows of a batch that are classified and stand for all of them; 0: all
     sampler: str = "heun"  # heun (ours) | release, of 100 steps (code)
     sampler_steps: int = 15  # heun calls the model 2 n - 1 times, release n times
     backup: str = "policy"  # a' of policy (code) | behaviour: the data's own (paper, Eq. 10)
@@ -164,6 +165,7 @@ class Verdict(NamedTuple):
     beneficial: Tensor  # bool, A+
     target: Tensor  # of the compensation
     overflow: Tensor  # bool, OOD but beyond the budget
+    weight: Tensor  # [K], of the regularisers: OOD rows for each that was classified
 
 
 class DOSER(nn.Module):
@@ -335,8 +337,10 @@ class DOSER(nn.Module):
         td_error = squared_td_error(q * known.unsqueeze(1), target * known)
         q_chosen = critic(obs, chosen)
         q_min = self.q_min.unsqueeze(1).expand_as(verdict.target)
-        penalty = self.regulariser(q_chosen, q_min, verdict.detrimental)
-        compensation = self.regulariser(q_chosen, verdict.target, verdict.beneficial)
+        penalty = verdict.weight * self.regulariser(q_chosen, q_min, verdict.detrimental)
+        compensation = verdict.weight * self.regulariser(
+            q_chosen, verdict.target, verdict.beneficial
+        )
         per_seed = (
             td_error
             + self.config.penalty_coef * penalty
@@ -384,10 +388,15 @@ class DOSER(nn.Module):
             verdict = self.classify(batch, obs, chosen, ood, rng)
         else:
             nowhere = torch.zeros_like(ood)
-            verdict = Verdict(ood, nowhere, torch.zeros_like(obs[..., 0]), nowhere)
-        named = {"ood": ood} | verdict._asdict()
-        del named["target"]
-        return verdict, {f"{name}_rate": mask.float().mean(dim=-1) for name, mask in named.items()}
+            zeros = torch.zeros_like(obs[..., 0])
+            verdict = Verdict(ood, nowhere, zeros, nowhere, torch.ones_like(zeros[:, 0]))
+        rates = {
+            "ood_rate": ood.float().mean(dim=-1),
+            "detrimental_rate": verdict.weight * verdict.detrimental.float().mean(dim=-1),
+            "beneficial_rate": verdict.weight * verdict.beneficial.float().mean(dim=-1),
+            "overflow_rate": verdict.overflow.float().mean(dim=-1),
+        }
+        return verdict, rates
 
     def action_score(self, obs: Tensor, action: Tensor, rng: Rng) -> Tensor:
         """E_a of Eq. 6, or the CVAE's error, [K, B]."""
@@ -398,7 +407,10 @@ class DOSER(nn.Module):
         return mean_error(errors, getattr(self, "action_scale", None))
 
     def classify(self, batch: Batch, obs: Tensor, chosen: Tensor, ood: Tensor, rng: Rng) -> Verdict:
-        """A- and A+ among the OOD actions; under a `budget`, among the first so many of them."""
+        """A- and A+ among the OOD actions; under a `budget`, among the first so many of them.
+
+        A batch's rows are independent draws, so that the first are as good as any.
+        """
         sigma, noise = self.state_noise.draw(rng, *obs.shape[1:])
         budget, rows = self.config.budget, obs.shape[1]
         if budget in (0, rows):
@@ -415,12 +427,13 @@ class DOSER(nn.Module):
             some(obs), some(chosen), some(ood), actions, some(sigma), some(noise)
         )
         nowhere = torch.zeros_like(ood)
-        target = torch.zeros_like(obs[..., 0]).scatter(1, place, part.target)
+        number = ood.sum(dim=1)
         return Verdict(
             nowhere.scatter(1, place, part.detrimental),
             nowhere.scatter(1, place, part.beneficial),
-            target,
+            torch.zeros_like(obs[..., 0]).scatter(1, place, part.target),
             ood & ~nowhere.scatter(1, place, True),
+            number / number.clamp(1, budget),
         )
 
     def candidate_actions(
@@ -466,7 +479,8 @@ class DOSER(nn.Module):
             bad = bad | (dynamics.disagreement(obs, chosen) > limit)
         beneficial = ood & ~bad if self.config.treatment == "full" else torch.zeros_like(ood)
         target = self.config.compensation_scale * (id_q + (v - id_v).clamp(min=0.0))
-        return Verdict(ood & bad, beneficial, target, torch.zeros_like(ood))
+        one = torch.ones_like(id_q[:, 0])
+        return Verdict(ood & bad, beneficial, target, torch.zeros_like(ood), one)
 
     def best_candidate(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 11: the candidate with the largest min-Q, [K, B, A], and its value, [K, B]."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import product
+from itertools import permutations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -218,17 +219,41 @@ def test_the_arrangements_of_candidates_agree_on_losses():
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_rows_beyond_the_budget_are_counted_and_left_alone():
+def test_rows_within_the_budget_stand_for_those_beyond():
     wide = case_of(candidates="sampled").build()
     narrow = case_of(candidates="sampled", budget=3).build()
     for learner in (wide, narrow):
         learner.sample_candidates = lambda obs, rng: invented(obs)
     everything, part = advance(wide, 0), advance(narrow, 0)
-    treated = part["detrimental_rate"] + part["beneficial_rate"]
-    assert (everything["ood_rate"] * 32 > 3).all()
-    assert (treated * 32).tolist() == [3.0, 3.0]
-    torch.testing.assert_close(part["overflow_rate"] + treated, everything["ood_rate"])
+    number = everything["ood_rate"] * 32
+    assert (number > 3).all()
+    torch.testing.assert_close(part["overflow_rate"], (number - 3) / 32)
+    judged = part["detrimental_rate"] + part["beneficial_rate"]
+    torch.testing.assert_close(judged, everything["ood_rate"])
     assert (part["td_error"] == everything["td_error"]).all()
+
+
+@pytest.mark.parametrize("flagged", [0, 1, 4, 5])
+def test_a_budgets_regularisers_have_the_expectation_of_all_rows(flagged):
+    """By brute force: the mean over all orders of 5 rows, of which 2 are in the budget."""
+    learner = case_of(budget=2).build()
+    learner.state_noise = SimpleNamespace(draw=lambda rng, *shape: (values, values))
+    learner.candidate_actions = lambda *rest: None
+    learner.classify_rows = lambda obs, chosen, ood, *rest: Verdict(
+        ood & chosen, ood & ~chosen, obs.squeeze(-1), ood, ood
+    )
+    values = torch.linspace(-1.0, 2.0, 10).view(2, 5)
+    q = torch.stack((values, -2.0 * values), dim=1)
+    ood, bad = (torch.arange(5) < flagged).expand(2, 5), (torch.arange(5) % 2 == 0).expand(2, 5)
+    found = []
+    for order in permutations(range(5)):
+        given = values[:, order].unsqueeze(-1), bad[:, order], ood[:, order]
+        verdict = learner.classify(None, *given, None)
+        masks = (verdict.detrimental, verdict.beneficial)
+        parts = [learner.regulariser(q[:, :, order], verdict.target, mask) for mask in masks]
+        found.append(torch.stack(parts) * verdict.weight)
+    whole = [learner.regulariser(q, values, ood & mask) for mask in (bad, ~bad)]
+    torch.testing.assert_close(torch.stack(found).mean(dim=0), torch.stack(whole))
 
 
 @pytest.mark.parametrize("budget", [0, 5])
@@ -240,7 +265,7 @@ def test_cached_candidates_are_those_of_the_row_and_of_the_seed(budget):
     assert "cached" not in learner.state_dict(), "too large for checkpoints"
     given = {}
     nothing = torch.zeros(len(SEEDS), budget or SMALL.batch_size, dtype=torch.bool)
-    verdict = Verdict(nothing, nothing, nothing.float(), nothing)
+    verdict = Verdict(nothing, nothing, nothing.float(), nothing, torch.ones(len(SEEDS)))
 
     def classify_rows(obs, chosen, ood, actions, *rest):
         given.update(a=actions)
