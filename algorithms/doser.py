@@ -28,7 +28,7 @@ Order in a step, as there: temperature, actor (every 2nd step), critics and V, t
 (every 2nd). The code exits where the mean Q of the policy's actions passes 5e4; here that seed has
 diverged (`limits`).
 Deviations: (a) candidates are made by a sampler of the model's distribution, once for every
-observation of the data (`sampler`, `candidates`); with a `budget` so many OOD rows of a batch stand
+observation of the data (`sampler`, `candidates`); with `ood_rows` so many OOD rows of a batch stand
 for all of them, which changes the regularisers' noise, not their expectation. (b) Where the
 smallest reward is positive, the rule's Q_min is 0. (c) tanh's log density is exact, without the
 code's 1e-6. (d) Models belong to a seed unless `shared_models`. (e) Actions are scaled to [-1, 1]
@@ -115,7 +115,7 @@ class Config:
     fixed_levels: tuple[float, ...] = (0.05, 0.2, 0.5, 2.0, 5.0)  # of `stratified` (ours)
     num_candidates: int = 10  # N (paper and code)
     candidates: str = "cached"  # cached: made once for the data | sampled in every step (code)
-    budget: int = 0  # OOD rows of a batch that are classified and stand for all of them; 0: all
+    ood_rows: int = 0  # OOD rows of a batch that are classified and stand for all of them; 0: all
     sampler: str = "heun"  # heun (ours) | release, of 100 steps (code)
     sampler_steps: int = 15  # heun calls the model 2 n - 1 times, release n times
     backup: str = "policy"  # a' of policy (code) | behaviour: the data's own (paper, Eq. 10)
@@ -142,9 +142,9 @@ class Config:
                 )
         if self.dynamics_gate and self.dynamics_members < 2:
             raise ValueError("dynamics_gate needs dynamics_members of at least 2 to disagree")
-        if not 0 <= self.budget <= self.batch_size:
+        if not 0 <= self.ood_rows <= self.batch_size:
             raise ValueError(
-                f"budget is {self.budget}; expected 1 to batch_size, rows of a batch, or 0: all"
+                f"ood_rows is {self.ood_rows}; expected 1 to batch_size, rows of a batch, or 0: all"
             )
 
     @property
@@ -164,7 +164,7 @@ class Verdict(NamedTuple):
     detrimental: Tensor  # bool, A-
     beneficial: Tensor  # bool, A+
     target: Tensor  # of the compensation
-    overflow: Tensor  # bool, OOD but beyond the budget
+    overflow: Tensor  # bool, OOD but beyond `ood_rows`
     weight: Tensor  # [K], of the regularisers: OOD rows for each that was classified
 
 
@@ -407,16 +407,16 @@ class DOSER(nn.Module):
         return mean_error(errors, getattr(self, "action_scale", None))
 
     def classify(self, batch: Batch, obs: Tensor, chosen: Tensor, ood: Tensor, rng: Rng) -> Verdict:
-        """A- and A+ among the OOD actions; under a `budget`, among the first so many of them.
+        """A- and A+ among the OOD actions, or among the first `ood_rows` of them.
 
         A batch's rows are independent draws, so that the first are as good as any.
         """
         sigma, noise = self.state_noise.draw(rng, *obs.shape[1:])
-        budget, rows = self.config.budget, obs.shape[1]
-        if budget in (0, rows):
+        most, rows = self.config.ood_rows, obs.shape[1]
+        if most in (0, rows):
             actions = self.candidate_actions(batch, obs, None, rng)
             return self.classify_rows(obs, chosen, ood, actions, sigma, noise)
-        place = torch.argsort((~ood).int(), dim=1, stable=True)[:, :budget]  # [K, M], OOD first
+        place = torch.argsort((~ood).int(), dim=1, stable=True)[:, :most]  # [K, M], OOD first
 
         def some(values: Tensor) -> Tensor:
             index = place.view(*place.shape, *(1,) * (values.dim() - 2))
@@ -433,7 +433,7 @@ class DOSER(nn.Module):
             nowhere.scatter(1, place, part.beneficial),
             torch.zeros_like(obs[..., 0]).scatter(1, place, part.target),
             ood & ~nowhere.scatter(1, place, True),
-            number / number.clamp(1, budget),
+            number / number.clamp(1, most),
         )
 
     def candidate_actions(

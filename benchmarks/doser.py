@@ -9,7 +9,7 @@ be read:
     floor      soft actor-critic with four critics: the agent's update without detector and penalty
     uniform    detector and uniform penalty
     cached     the whole algorithm, candidates made beforehand, every row classified
-    flagged    the same, only 64 OOD rows classified (`budget`)
+    flagged    the same, only 64 OOD rows classified (`ood_rows`)
     sampled    candidates sampled in the step for 64 OOD rows (15 Heun steps)
     release    candidates for all rows by the code's 100 steps
 
@@ -39,8 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "floor": {"treatment": "uniform"},
     "uniform": {"treatment": "uniform"},
     "cached": {},
-    "flagged": {"budget": 64},
-    "sampled": {"candidates": "sampled", "budget": 64},
+    "flagged": {"ood_rows": 64},
+    "sampled": {"candidates": "sampled", "ood_rows": 64},
     "release": {"candidates": "sampled", "sampler": "release", "sampler_steps": 100},
 }
 

@@ -139,7 +139,7 @@ CONFIGS = {
         replace(
             SMALL_DOSER,
             candidates="sampled",
-            budget=8,
+            ood_rows=8,
             backup="behaviour",
             id_value="target",
             reduction="sum",

@@ -201,8 +201,8 @@ def invented(obs: torch.Tensor) -> torch.Tensor:
 def test_the_arrangements_of_candidates_agree_on_losses():
     found = {}
     for arrangement in product(("cached", "sampled"), (0, 31)):  # 31: OOD rows are fewer
-        candidates, budget = arrangement
-        learner = case_of(candidates=candidates, budget=budget).build()
+        candidates, ood_rows = arrangement
+        learner = case_of(candidates=candidates, ood_rows=ood_rows).build()
         if candidates == "cached":
             obs = learner.normalizer(DATASET.obs.expand(len(SEEDS), -1, -1))
             learner.cached = invented(obs)
@@ -219,9 +219,9 @@ def test_the_arrangements_of_candidates_agree_on_losses():
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_rows_within_the_budget_stand_for_those_beyond():
+def test_few_ood_rows_stand_for_all():
     wide = case_of(candidates="sampled").build()
-    narrow = case_of(candidates="sampled", budget=3).build()
+    narrow = case_of(candidates="sampled", ood_rows=3).build()
     for learner in (wide, narrow):
         learner.sample_candidates = lambda obs, rng: invented(obs)
     everything, part = advance(wide, 0), advance(narrow, 0)
@@ -234,9 +234,9 @@ def test_rows_within_the_budget_stand_for_those_beyond():
 
 
 @pytest.mark.parametrize("flagged", [0, 1, 4, 5])
-def test_a_budgets_regularisers_have_the_expectation_of_all_rows(flagged):
-    """By brute force: the mean over all orders of 5 rows, of which 2 are in the budget."""
-    learner = case_of(budget=2).build()
+def test_a_few_rows_regularisers_have_the_expectation_of_all_rows(flagged):
+    """By brute force: the mean over all orders of 5 rows, of which at most 2 are classified."""
+    learner = case_of(ood_rows=2).build()
     learner.state_noise = SimpleNamespace(draw=lambda rng, *shape: (values, values))
     learner.candidate_actions = lambda *rest: None
     learner.classify_rows = lambda obs, chosen, ood, *rest: Verdict(
@@ -256,15 +256,15 @@ def test_a_budgets_regularisers_have_the_expectation_of_all_rows(flagged):
     torch.testing.assert_close(torch.stack(found).mean(dim=0), torch.stack(whole))
 
 
-@pytest.mark.parametrize("budget", [0, 5])
-def test_cached_candidates_are_those_of_the_row_and_of_the_seed(budget):
-    case = case_of(budget=budget)
+@pytest.mark.parametrize("ood_rows", [0, 5])
+def test_cached_candidates_are_those_of_the_row_and_of_the_seed(ood_rows):
+    case = case_of(ood_rows=ood_rows)
     learner = case.build()
     stored = torch.cat([case.inputs["candidates"][s].state["actions"] for s in SEEDS])
     assert stored.shape == (2, 60, 3, 2)
     assert "cached" not in learner.state_dict(), "too large for checkpoints"
     given = {}
-    nothing = torch.zeros(len(SEEDS), budget or SMALL.batch_size, dtype=torch.bool)
+    nothing = torch.zeros(len(SEEDS), ood_rows or SMALL.batch_size, dtype=torch.bool)
     verdict = Verdict(nothing, nothing, nothing.float(), nothing, torch.ones(len(SEEDS)))
 
     def classify_rows(obs, chosen, ood, actions, *rest):
@@ -276,10 +276,10 @@ def test_cached_candidates_are_those_of_the_row_and_of_the_seed(budget):
     batch = learner.sample(DATASET, rng)
     ood = batch.reward > batch.reward.median()
     asked = learner.classify(batch, batch.obs, batch.action, ood, rng)
-    overflow = ood.sum(dim=1) - budget if budget else torch.zeros(len(SEEDS), dtype=torch.int64)
+    overflow = ood.sum(dim=1) - ood_rows if ood_rows else torch.zeros(len(SEEDS), dtype=torch.int64)
     assert asked.overflow.sum(dim=1).tolist() == overflow.tolist()
     for k in (0, 1):
-        index = batch.index[k][ood[k]][:5] if budget else batch.index[k]
+        index = batch.index[k][ood[k]][:5] if ood_rows else batch.index[k]
         assert torch.equal(given["a"][k], stored[k, index])
 
 
@@ -557,7 +557,7 @@ def test_a_treatment_trains_only_the_models_it_uses():
         ({"treatment": "penalty"}, "expected one of full"),
         ({"candidates": "some"}, "expected one of cached"),
         ({"dynamics_gate": True}, "at least 2"),
-        ({"budget": 1000}, "expected 1 to batch_size"),
+        ({"ood_rows": 1000}, "expected 1 to batch_size"),
     ],
 )
 def test_wrong_options_are_refused(changes, message):

@@ -88,7 +88,7 @@ TRIALS = {
         replace(
             SMALL_DOSER,
             candidates="sampled",
-            budget=16,
+            ood_rows=16,
             backup="behaviour",
             id_value="target",
             reduction="sum",
