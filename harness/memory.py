@@ -2,8 +2,8 @@
 
 What a seed needs is measured by one eager gradient step and one policy call of one seed on the CPU:
 the bytes of all tensors alive at once. Every tensor but the data leads with K, so K seeds need K
-times as much. Compiled steps keep less alive. Owns the arithmetic, and what gives memory back
-between stacks; `harness.preflight` takes the measurements.
+times as much. Compiled steps keep less alive. Owns the arithmetic, and when memory goes back to the
+system: not within a stack, but between stacks; `harness.preflight` takes the measurements.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ WORKER_BYTES = {"cpu": int(0.6 * GIB), "cuda": 1 * GIB}
 COMPILER_BYTES = GIB // 4
 """What compiling adds on a CPU: 0.12 GiB measured for Diffusion-QL, twice that to be safe."""
 HEADROOM = 0.9  # of what is free; allocators round up
+KEPT_BYTES = GIB // 4  # freed, at the end of the heap; a policy call needs less
+_MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGEST_MMAP_THRESHOLD = 2**25  # that mallopt takes
 MOST_SEEDS = 64  # in one process: beyond, a crash loses more than stacking gains
 
 
@@ -175,7 +179,23 @@ def stack_size(
     return min(capacity.seeds(cost, compiled), max(1, -(-left // capacity.slots)))
 
 
-# ------------------------------------------------------------------------- from stack to stack
+# ------------------------------------------------------- within a stack, and from stack to stack
+
+
+def keep_freed_memory() -> None:
+    """Has this process use again what tensors free, up to `KEPT_BYTES` of it.
+
+    The C library would give back what is free at the end of its heap at once, and each operation
+    on an activation of a megabyte would wait for its pages: by where the heap happened to end,
+    none or 120,000 faults in a policy call of IDQL, which took up to twice as long. Thresholds
+    in the environment (`MALLOC_...`, `GLIBC_TUNABLES`) are left as they are.
+    """
+    if any(name in os.environ for name in _MALLOC_VARIABLES):
+        return
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def forget_the_last_stack() -> None:

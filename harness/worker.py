@@ -16,7 +16,7 @@ from algorithms.api import Make
 from algorithms.blocks.rng import Rng, Stream
 from harness import storage
 from harness.job import Job, Progress, Stopped
-from harness.memory import forget_the_last_stack
+from harness.memory import forget_the_last_stack, keep_freed_memory
 from harness.plan import Stage, resume_groups, usable_steps
 from harness.registry import Registry
 from harness.stages import declared_stage, last_runs, load_inputs, locked, publish, stack_dataset
@@ -50,6 +50,7 @@ def run_stack(
     if job.should_stop:
         return "interrupted"  # it was waiting for resources when the user stopped the sweep
     forget_the_last_stack()
+    keep_freed_memory()
     job = replace(job, home=job.home.on_this_node())
     hold = Hold(job.home, [stage.id for stage in job.stack.stages], job.sweep)
     with ExitStack() as locks:

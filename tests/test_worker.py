@@ -520,6 +520,30 @@ def test_memory_that_the_last_stack_left_is_given_back():
     subprocess.run([sys.executable, "-c", LEFT], check=True, cwd=REPOSITORY)
 
 
+KEPT = """
+import resource
+import torch
+from harness.memory import keep_freed_memory
+
+def mib_of_faults(sizes):
+    # Larger than all before: from the system, unless what was freed is kept.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for mib in sizes:
+        torch.ones(mib * 2**18)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return faults * resource.getpagesize() / 2**20
+
+assert mib_of_faults(range(1, 15)) > 0.8 * sum(range(1, 15))
+keep_freed_memory()
+assert mib_of_faults(range(15, 30)) < 0.2 * sum(range(15, 30))
+"""
+
+
+def test_what_tensors_free_is_used_again_within_a_stack():
+    """In a process of its own: the setting stays."""
+    subprocess.run([sys.executable, "-c", KEPT], check=True, cwd=REPOSITORY)
+
+
 def test_what_the_last_stack_left_in_cycles_is_freed_before_the_next_one(spec, tmp_path):
     class Cycle:
         def __init__(self) -> None:
