@@ -253,18 +253,17 @@ def test_settings_that_mean_nothing_are_refused(wrong):
 # ---------------------------------------------------------------------------------- the bandit
 
 
-def test_the_bandits_gaussian_follows_q_and_the_vae_does_not():
-    """Both are one blob; only what Q touches moves towards the best corner, (0.8, -0.8)."""
+def test_the_bandits_gaussian_follows_q():
+    """One blob, which only Q moves towards the best corner, (0.8, -0.8)."""
     dataset = bandit_dataset()
     means = {}
-    for policy, guidance in (("gaussian", "none"), ("gaussian", "q"), ("cvae", "q")):
-        config = Config(hidden_dim=64, lr=3e-3, policy=policy, guidance=guidance)
+    for guidance in ("none", "q"):
+        config = Config(hidden_dim=64, lr=3e-3, policy="gaussian", guidance=guidance)
         learner, _ = train(BanditPolicy(config, dataset.spec, SEEDS), dataset, SEEDS, 300)
-        means[policy, guidance] = actions(learner, SEEDS).mean(axis=1)  # [K, 2]
-    assert np.abs(means["gaussian", "none"]).max() < 0.25
-    assert means["gaussian", "q"][:, 0].min() > 0.2
-    assert means["gaussian", "q"][:, 1].max() < -0.2
-    assert np.isfinite(means["cvae", "q"]).all()
+        means[guidance] = actions(learner, SEEDS).mean(axis=1)  # [K, 2]
+    assert np.abs(means["none"]).max() < 0.25
+    assert means["q"][:, 0].min() > 0.2
+    assert means["q"][:, 1].max() < -0.2
 
 
 def test_mmd_training_brings_the_actor_to_the_vae():

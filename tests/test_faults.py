@@ -284,7 +284,8 @@ def test_any_flipped_byte_is_found(spec, tmp_path, kind):
     assert found == 100
 
 
-def test_any_flipped_byte_of_a_dataset_is_found(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flips", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_any_flipped_byte_of_a_dataset_is_found(tmp_path, monkeypatch, flips):
     """`verify` names the file; what is loaded for training is what was recorded, or refused."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
     (tmp_path / "data").mkdir()
@@ -294,7 +295,7 @@ def test_any_flipped_byte_of_a_dataset_is_found(tmp_path, monkeypatch):
     recorded, record = datasets.digest(name), (folder / DIGEST_FILE).read_bytes()
     files = sorted(path for path in (folder / "data").iterdir())
     rng, found, harmless = random.Random(0), 0, 0
-    for _ in range(100):
+    for _ in range(flips):
         path = rng.choice(files)
         whole = path.read_bytes()
         content = bytearray(whole)
@@ -311,8 +312,8 @@ def test_any_flipped_byte_of_a_dataset_is_found(tmp_path, monkeypatch):
             assert name in refused
         path.write_bytes(whole)
         (folder / DIGEST_FILE).write_bytes(record)
-    assert found == 100
-    print(f"{harmless} of 100 flips were outside of what is trained on, and loaded as recorded")
+    assert found == flips
+    print(f"{harmless} of {flips} flips were outside of what is trained on, and loaded as recorded")
     assert datasets.load_raw(name).digest == recorded
 
 

@@ -27,9 +27,11 @@ def styled(start: str, style: str, rest: str = "") -> Text:
     return Text.assemble((start, style), rest)
 
 
-def print_table(header: Sequence[str], body: Iterable[Sequence[str]]) -> None:
-    """Prints a table whose long cells are folded, not cut."""
-    table = Table(*header)
+def print_table(
+    header: Sequence[str], body: Iterable[Sequence[str]], title: str = "", lines: bool = False
+) -> None:
+    """Prints a table whose long cells are folded, not cut; `lines` between its rows."""
+    table = Table(*header, title=Text(title, "table.title") if title else None, show_lines=lines)
     for column in table.columns:
         column.overflow = "fold"
     for row in body:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from harness.cli.exit_codes import SOME_FAILED
 from harness.cli.options import (
@@ -18,7 +17,7 @@ from harness.cli.options import (
     open_to_read,
     show_trials,
 )
-from harness.cli.printing import console, errors
+from harness.cli.printing import console, errors, print_table
 from harness.cli.reading import draw_figures, print_leaderboard
 from harness.cli.running import stoppable, sweep_experiment
 
@@ -77,12 +76,8 @@ def reproduce(
     if output_format != "rich":
         print(verdicts.markdown(report) if output_format == "markdown" else verdicts.json(report))
         return
-    table = Table(*verdicts.HEADER, title=f"Printed numbers and ours (margin {margin:g} points)")
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in verdicts.rows(report):
-        table.add_row(*row, end_section=True)
-    console.print(table)
+    title = f"Printed numbers and ours (margin {margin:g} points)"
+    print_table(verdicts.HEADER, verdicts.rows(report), title, lines=True)
     console.print(verdicts.caption(report), style="dim", highlight=False)
     for note in report.notes:
         console.print(f"! {note}", style="yellow", highlight=False)
