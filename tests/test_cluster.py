@@ -32,7 +32,7 @@ run: {log_every: 50, checkpoint_every: 100, compile: "off", device: cpu, max_sta
 @pytest.fixture
 def spec_of_few_steps(tmp_path: Path, bandit: str) -> Path:
     path = tmp_path / "nodes.yaml"
-    path.write_text(SPEC.replace("3000", "100").replace("500", "50").replace("0-3", "0-1"))
+    path.write_text(SPEC.replace("3000", "100").replace("500", "50").replace("0-3", "0-2"))
     return path
 
 
@@ -104,11 +104,11 @@ def test_workers_map_the_data_of_their_node_also_where_a_sweep_takes_several_tun
     def through_ray(queue, on_interrupt):
         with tune.cluster():
             tune.run_queue(queue, queue.experiment.run, on_interrupt)
-        assert tuners == [0, 1]
+        assert tuners == [0, 2]
 
     monkeypatch.setattr(tune, "_fit", counted)
     monkeypatch.setattr(tune, "_train_stack", mapped.train_without_reading)
-    monkeypatch.setattr(tune, "STACKS_OF_A_TUNER", 1)
+    monkeypatch.setattr(tune, "STACKS_OF_A_TUNER", 2)
     monkeypatch.setattr(tune, "ROUNDS_OF_A_TUNER", 0)
     spec, homes = spec_of_few_steps, (tmp_path / "alone", tmp_path / "ray")
     summary = inline.sweep(spec, homes[1], run_queue=through_ray)

@@ -257,7 +257,8 @@ def test_damaged_rows_of_one_stage_do_not_keep_a_driver_from_the_others(tmp_path
         ingester = Ingester(store, b)
         ingester.leftovers()
     assert set(ingester.damaged) == {STAGE}
-    assert f"{url}/work/{STAGE}/rows/{rows.name} is damaged" in ingester.damaged[STAGE]
+    work = f"{url}/work"
+    assert f"{work}/{STAGE}/rows/{rows.name} is damaged" in ingester.damaged[STAGE]
     assert [ingester.has_all(stage) for stage in (STAGE, OTHER)] == [False, True]
 
 
