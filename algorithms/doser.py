@@ -142,6 +142,24 @@ class Config:
                 )
         if self.dynamics_gate and self.dynamics_members < 2:
             raise ValueError("dynamics_gate needs dynamics_members of at least 2 to disagree")
+        if self.dynamics_gate and not self.classifies:
+            raise ValueError(
+                "dynamics_gate has no effect under treatment 'uniform'; drop one of them"
+            )
+        if self.detector == "stratified" and not self.fixed_levels:
+            raise ValueError("detector 'stratified' needs fixed_levels, at least one")
+        for name in ("percentile", "gate_percentile"):
+            if not 0.0 <= getattr(self, name) <= 100.0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 100")
+        for name in (
+            "num_critics",
+            "policy_every",
+            "num_candidates",
+            "action_levels",
+            "state_levels",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.ood_rows <= self.batch_size:
             raise ValueError(
                 f"ood_rows is {self.ood_rows}; expected 1 to batch_size, rows of a batch, or 0: all"

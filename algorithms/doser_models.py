@@ -250,6 +250,9 @@ def thresholds(
     models = {name: MODELS[name].trained(given, spec) for name, given in inputs.items()}
     action_levels = Levels(config.action_levels, config.fixed_levels)
     state_levels = Levels(config.state_levels, config.fixed_levels)
+    # Only a denoising error has noise levels.
+    scaled = {"state"} if "cvae" in models else {"action", "state"}
+    scaled = scaled if config.fixed_levels else set()
     found: dict[str, list[Tensor]] = {}
     lowest = []
     for batch, obs, action in _passes(dataset, inputs, out):
@@ -271,7 +274,7 @@ def thresholds(
     for name, parts in found.items():
         errors_of_all = torch.cat(parts, dim=1)  # [K, S, L]
         scale = None
-        if config.fixed_levels and errors_of_all.shape[-1] == len(config.fixed_levels):
+        if name in scaled:
             scale = errors_of_all.mean(dim=1)
             out.array(f"{name}_scale", scale)
         percent = config.disagreement_percentile if name == "disagreement" else config.percentile

@@ -6,6 +6,7 @@ Whole episodes are held out, the same for all seeds. Judges nothing: scores go t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from algorithms.api import Batch, DatasetSpec
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.detectors import DetectorConfig, detectors
 from harness import provenance
-from harness.datasets.data_spec import held_out_episodes
+from harness.datasets.data_spec import DataSpec, held_out_episodes
 from harness.ingest import dataset_record
 from harness.trainer import Trainer, resolve_compile, resolve_device
 from harness.typed import config_to_dict, suggest
@@ -41,6 +42,20 @@ class Scores:
     data: np.ndarray  # [K, N]
     against: Mapping[str, np.ndarray]  # uniform, perturbed, ... -> [K, N]
     grid: np.ndarray | None = None  # [K, G, G] over (observation, action), where both have 1 dim
+
+
+@dataclass(frozen=True)
+class PolicyActions:
+    """What trained policies of one label did."""
+
+    obs: np.ndarray  # [N, O]
+    action: np.ndarray  # [N, A]
+
+    @property
+    def digest(self) -> str:
+        """Tells one set of actions from another under the same label."""
+        pairs = np.concatenate((self.obs, self.action), axis=1, dtype=np.float32)
+        return hashlib.sha256(pairs.tobytes()).hexdigest()
 
 
 class Rows:
@@ -76,7 +91,7 @@ def compare(
     names: Iterable[str] = (),
     config: DetectorConfig | None = None,
     count: int = 2000,
-    actions: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    actions: Mapping[str, PolicyActions] | None = None,
     device: str = "auto",
     compile_mode: str = "auto",
     grid: int = 0,
@@ -84,14 +99,18 @@ def compare(
 ) -> list[Scores]:
     """Fits each detector for all seeds in one stack and scores held-out, uniform and other actions.
 
+    Of a policy's actions only those at held-out observations are drawn from: detectors know the
+    others, so that the data's own actions there would look more usual than held-out ones.
+
     Args:
         names: of detectors, all if empty.
-        count: actions of each kind and seed.
-        actions: name -> observations [N, O] and actions [N, A], such as a trained policy's.
+        count: actions of each kind and seed, drawn with replacement.
+        actions: label -> actions of trained policies.
         grid: points of a side of the map over (observation, action), for one dimension of each.
         report: told of the detector, its steps done and all of them.
     Raises:
-        ValueError: for an unknown detector, too few episodes or a name of `actions` that is taken.
+        ValueError: for an unknown detector, too few episodes, a name of `actions` that is taken, or
+            a label with no action at a held-out observation.
     """
     known = detectors(config)
     chosen = list(names) or list(known)
@@ -110,9 +129,13 @@ def compare(
             f"actions of a policy called {taken[0]!r}: that is the name of a built-in comparison "
             f"({', '.join(compared)}). Give the algorithm another label, and draw its actions again"
         )
-    for name, pair in (actions or {}).items():
-        obs, action = (torch.tensor(x, dtype=torch.float32, device=on) for x in pair)
-        compared[name] = obs.expand(len(seeds), -1, -1), action.expand(len(seeds), -1, -1)
+    for name, given in _at_observations(actions or {}, dataset.obs[held_out]).items():
+        drawn_rows = rng.integers(len(given.obs), count)
+        obs, action = (
+            torch.tensor(x, dtype=torch.float32, device=on)[drawn_rows]
+            for x in (given.obs, given.action)
+        )
+        compared[name] = obs, action
     found: list[Scores] = []
     trained: dict[tuple[type, int], dict[str, Tensor]] = {}
     for name in chosen:
@@ -146,6 +169,29 @@ def compare(
 
 def _seeds(seeds: Sequence[int], device: torch.device) -> Tensor:
     return torch.tensor(list(seeds), dtype=torch.int64, device=device)
+
+
+def _at_observations(
+    actions: Mapping[str, PolicyActions], observations: Tensor
+) -> dict[str, PolicyActions]:
+    """Those of the actions that were taken at one of the observations [N, O].
+
+    Row numbers would not do: they count the rows that the policy's trial kept of the dataset.
+    """
+    if not actions:
+        return {}
+    known = {row.tobytes() for row in observations.cpu().numpy()}
+    found = {}
+    for name, given in actions.items():
+        there = np.array([row.tobytes() in known for row in given.obs.astype(np.float32)])
+        if not there.any():
+            raise ValueError(
+                f"none of the {len(there)} actions of {name!r} is at an observation that was held "
+                f"out from the detectors (every {round(1 / HELD_OUT)}th episode). Draw more of "
+                "them: harness actions --count"
+            )
+        found[name] = PolicyActions(given.obs[there], given.action[there])
+    return found
 
 
 def _others(spec: DatasetSpec, batch: Batch, rng: Rng) -> dict[str, tuple[Tensor, Tensor]]:
@@ -196,10 +242,8 @@ def grid_axes(dataset: Any, size: int) -> tuple[Tensor, Tensor]:
     return obs, torch.linspace(spec.action_low[0], spec.action_high[0], size, device=dataset.device)
 
 
-def policy_actions(
-    table: pd.DataFrame, dataset_id: str
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What trained policies did, from the table of `harness actions`: label -> obs and actions.
+def policy_actions(table: pd.DataFrame, dataset_id: str) -> dict[str, PolicyActions]:
+    """What trained policies did, from the table of `harness actions`, by label.
 
     Raises:
         ValueError: if the table has no row of the dataset.
@@ -210,35 +254,52 @@ def policy_actions(
             f"the table has no actions on {dataset_id!r}, only on "
             f"{', '.join(sorted(set(table['dataset_id'])))}"
         )
+    rows = rows.dropna(axis=1, how="all")  # dimensions that only other datasets have
     columns = {
         name: [f"{name}_{i}" for i in range(sum(str(c).startswith(f"{name}_") for c in rows))]
         for name in ("obs", "action")
     }
     return {
-        str(label): (own[columns["obs"]].to_numpy(), own[columns["action"]].to_numpy())
+        str(label): PolicyActions(*(own[columns[name]].to_numpy() for name in ("obs", "action")))
         for label, own in rows.groupby("label")
     }
 
 
 def records(
-    spec: DatasetSpec, seeds: Sequence[int], scores: Iterable[Scores], measured: Iterable[Any]
+    spec: DatasetSpec,
+    seeds: Sequence[int],
+    scores: Iterable[Scores],
+    measured: Iterable[Any],
+    actions: Mapping[str, PolicyActions] | None = None,
+    data: DataSpec | None = None,
 ) -> list[Record]:
     """Rows for the database: the dataset, and one for each detector, kind of action and seed.
 
+    What else a number depends on joins the detector's settings: the digest of a policy's actions,
+    and a choice of transitions other than the default.
+
     Args:
         measured: `detector`, `against` and `auroc`, `aupr`, `fpr95` [K] of each comparison.
+        actions: those that were compared.
+        data: with which the dataset was read.
     """
+    actions, data = actions or {}, data or DataSpec()
+    chosen = {key: value for key, value in config_to_dict(data).items()
+              if value != getattr(DataSpec(), key)}  # fmt: skip
     (commit, dirty), now = provenance.git_state(), provenance.utc_now()
     by_name = {each.detector: each for each in scores}
     found: list[Record] = [dataset_record(spec.id, spec.digest)]
     for row in measured:
         of = by_name[row.detector]
+        config = config_to_dict(of.config) | chosen
+        if row.against in actions:
+            config["actions"] = actions[row.against].digest
         found += [
             DetectionRecord(
                 dataset_id=spec.id,
                 dataset_digest=spec.digest,
                 detector=row.detector,
-                config=config_to_dict(of.config),
+                config=config,
                 seed=seed,
                 against=row.against,
                 count=len(of.against[row.against][k]),

@@ -139,7 +139,7 @@ class DetectionRecord:
     dataset_id: str
     dataset_digest: str
     detector: str
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # of the detector, and what else the number depends on
     seed: int
     against: str  # uniform, perturbed, or a policy's label
     count: int  # actions of each kind

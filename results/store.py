@@ -652,7 +652,11 @@ def _rows(kind: type, records: list[Any]) -> list[dict[str, Any]]:
         if kind is RunRecord:
             _complete_run(record, row)
         rows.append(row)
-    key = operator.itemgetter(*(column.name for column in table.primary_key))
+
+    def key(row: Mapping[str, Any]) -> list[Any]:
+        found = (row[column.name] for column in table.primary_key)
+        return [schema.canonical_json(v) if isinstance(v, Mapping) else v for v in found]
+
     return sorted(rows, key=key)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from algorithms import doser_models
 from algorithms.api import StageInput
+from algorithms.blocks.denoising_error import denoiser_of, level_errors, mean_error
 from algorithms.blocks.edm import Preconditioning
 from algorithms.blocks.rng import Rng, Stream
 from algorithms.doser import DOSER, Config, Verdict, agent_needs, recipe, stages
@@ -352,6 +353,35 @@ def test_no_more_than_the_percentile_is_flagged_where_the_actor_is_the_behaviour
     assert set(found) == {"ood_rate", "detrimental_rate", "beneficial_rate", "overflow_rate"}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"action_levels": 3, "state_levels": 3},
+        {"detector": "stratified"},
+        {"detector": "stratified", "fixed_levels": (0.5,)},
+        {"detector": "cvae"},
+    ],
+)
+def test_every_threshold_is_the_percentile_of_what_is_compared_with_it(changes):
+    dataset = TinyDataset(num_episodes=200, seed=4)
+    gate = {"dynamics_members": 2, "dynamics_gate": True, "gate_percentile": 90.0}
+    learner = case_of(dataset, percentile=90.0, **gate, **changes).build()
+    batch = dataset.rows(torch.arange(dataset.spec.num_steps).expand(len(SEEDS), -1))
+    obs, action = learner.normalizer(batch.obs), learner.bounds.unit(batch.action)
+    rng = rng_of(SEEDS, 0)
+    with torch.no_grad():
+        draws = learner.state_noise.draw(rng, *obs.shape[1:])
+        errors = level_errors(denoiser_of(learner.models["states"]), obs, *draws)
+        scores = {
+            "action": learner.action_score(obs, action, rng),
+            "state": mean_error(errors, getattr(learner, "state_scale", None)),
+            "disagreement": learner.models["dynamics"].disagreement(obs, action),
+        }
+    for name, score in scores.items():
+        above = score > getattr(learner, f"{name}_threshold").unsqueeze(1)
+        assert above.float().mean(dim=1).tolist() == pytest.approx([0.1] * 2, abs=0.03), name
+
+
 def test_the_gate_calls_detrimental_what_the_networks_disagree_on():
     learner = case_of(dynamics_members=2, dynamics_gate=True).build()
     free, *_ = verdict_of(learner)
@@ -558,6 +588,13 @@ def test_a_treatment_trains_only_the_models_it_uses():
         ({"candidates": "some"}, "expected one of cached"),
         ({"dynamics_gate": True}, "at least 2"),
         ({"ood_rows": 1000}, "expected 1 to batch_size"),
+        (
+            {"dynamics_gate": True, "dynamics_members": 2, "treatment": "uniform"},
+            "no effect under treatment 'uniform'",
+        ),
+        ({"detector": "stratified", "fixed_levels": ()}, "needs fixed_levels"),
+        ({"percentile": 101.0}, "percentile is 101.0; expected 0 to 100"),
+        ({"num_critics": 0}, "num_critics is 0; expected at least 1"),
     ],
 )
 def test_wrong_options_are_refused(changes, message):

@@ -18,8 +18,10 @@ from algorithms.testing import CHECKS, Case, TinyDataset
 from analysis.detection import auroc, measure, with_interval
 from harness import datasets
 from harness.cli import app
+from harness.datasets.data_spec import DataSpec
 from harness.datasets.navigation1d import make_navigation1d
-from harness.ood import Rows, compare, policy_actions, split
+from harness.ood import PolicyActions, Rows, compare, policy_actions, records, split
+from results.store import Store
 
 SMALL = DetectorConfig(batch_size=32, hidden_dim=16, steps=3, passes=3, memory=40)
 NAMES = tuple(detectors())
@@ -161,7 +163,7 @@ def test_unknown_detectors_are_refused_with_the_known_ones(navigation):
 
 @pytest.mark.parametrize("name", ["uniform", "perturbed"])
 def test_a_policy_with_the_name_of_a_built_in_comparison_is_refused(navigation, name):
-    policies = {name: (np.zeros((3, 1)), np.zeros((3, 1)))}
+    policies = {name: PolicyActions(np.zeros((3, 1)), np.zeros((3, 1)))}
     with pytest.raises(ValueError, match=f"called '{name}'.* another label"):
         compare(navigation, [0], ["neighbours"], SMALL, count=10, actions=policies)
 
@@ -169,19 +171,61 @@ def test_a_policy_with_the_name_of_a_built_in_comparison_is_refused(navigation, 
 def test_actions_of_policies_are_taken_from_their_table():
     table = pd.DataFrame(
         {
-            "dataset_id": ["d", "d", "other"],
-            "label": ["a", "b", "a"],
-            **{f"obs_{i}": [i, 10 + i, 0] for i in range(11)},
-            "action_0": [0.5, 0.25, 0.0],
+            "dataset_id": ["d", "d"],
+            "label": ["a", "b"],
+            **{f"obs_{i}": [i, 10 + i] for i in range(11)},
+            "action_0": [0.5, 0.25],
         }
     )
+    wider = {"dataset_id": "other", "label": "a", "action_0": 0.0, "action_1": 1.0}
+    wider |= {f"obs_{i}": 0.0 for i in range(13)}
+    table = pd.concat([table, pd.DataFrame([wider])], ignore_index=True)
     found = policy_actions(table, "d")
     assert list(found) == ["a", "b"]
-    obs, action = found["b"]
-    assert obs.tolist() == [[10.0 + i for i in range(11)]], "in the order of their numbers"
-    assert action.tolist() == [[0.25]]
+    assert found["b"].obs.tolist() == [[10.0 + i for i in range(11)]], "in the order of the numbers"
+    assert found["b"].action.tolist() == [[0.25]]
+    assert found["a"].digest != found["b"].digest
     with pytest.raises(ValueError, match="only on d, other"):
         policy_actions(table, "e")
+
+
+def test_policies_are_drawn_at_held_out_observations_as_often_as_the_data(navigation):
+    """The data's own actions given as a policy's are told from held-out ones by chance only."""
+    every = PolicyActions(navigation.obs.numpy(), navigation.action.numpy())
+    training, held_out = split(navigation.lengths)
+    (found,) = compare(navigation, [0, 1, 2], ["neighbours"], SMALL, 400, {"same": every},
+                       device="cpu")  # fmt: skip
+    assert found.against["same"].shape == found.data.shape == (3, 400)
+    (kept,) = compare(
+        navigation, [0, 1, 2], ["neighbours"], SMALL, 400,
+        {"same": PolicyActions(every.obs[held_out], every.action[held_out])}, device="cpu",
+    )  # fmt: skip
+    assert (found.against["same"] == kept.against["same"]).all(), "others were never drawn"
+    for k in range(3):
+        assert auroc(found.data[k], found.against["same"][k]) == pytest.approx(0.5, abs=0.06)
+    seen = PolicyActions(every.obs[training][:5], every.action[training][:5])
+    with pytest.raises(ValueError, match=r"none of the 5 actions of 'p'.*--count"):
+        compare(navigation, [0], ["neighbours"], SMALL, 10, {"p": seen}, device="cpu")
+
+
+def test_rows_of_another_policy_or_of_other_transitions_do_not_hide_each_other(navigation):
+    first = PolicyActions(navigation.obs.numpy(), navigation.action.numpy())
+    second = PolicyActions(first.obs, -first.action)
+
+    def rows(policy, data=None):
+        found = compare(navigation, [0], ["neighbours"], SMALL, 50, {"p": policy}, device="cpu")
+        measured = [m for s in found for m in measure(s.detector, s.data, s.against)]
+        return records(navigation.spec, [0], found, measured, {"p": policy}, data)
+
+    with Store.open("sqlite://") as store:
+        assert store.append(rows(first)) == 1 + 3
+        assert store.append(rows(first)) == 0
+        assert store.append(rows(second)) == 1, "built-in comparisons are the same"
+        assert store.append(rows(first, DataSpec(truncated_last_step="keep"))) == 3
+        stored = store.detections()
+        p = stored[stored.against == "p"]
+        assert len(p) == 3
+        assert p.auroc.nunique() == 2
 
 
 def test_intervals_need_seeds():

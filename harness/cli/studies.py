@@ -151,6 +151,9 @@ def ood(
         typer.Option("--actions", help="Also what trained policies do: of `harness actions`."),
     ] = None,
     count: Annotated[int, typer.Option(help="Actions of each kind and seed.", min=10)] = 2000,
+    last_step: Annotated[
+        str, typer.Option("--truncated-last-step", help="drop or keep, as an experiment's data.")
+    ] = "drop",
     out: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("ood"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     home: HomeOption = None,
@@ -165,11 +168,13 @@ def ood(
     from analysis.plots import save_figure
     from harness import datasets
     from harness import ood as benchmark
+    from harness.datasets.data_spec import DataSpec
     from harness.display import counted
     from harness.spec import parse_seeds
 
     chosen = parse_seeds(seeds)
-    data = datasets.load(dataset)
+    chosen_data = DataSpec(truncated_last_step=last_step)
+    data = datasets.load(dataset, chosen_data)
     spec = data.spec
     policies = {}
     if actions_file is not None:
@@ -186,9 +191,21 @@ def ood(
     rows = [m for s in found for m in detection.measure(s.detector, s.data, s.against)]
     _, store = open_store(home, db)
     with store:
-        store.append(benchmark.records(spec, chosen, found, rows))
+        before = len(store.detections())
+        new = benchmark.records(spec, chosen, found, rows, policies, chosen_data)
+        store.append(new)
+        stayed = before + len(new) - 1 - len(store.detections())  # one is the dataset
+    if stayed:
+        errors.print(
+            f"{stayed} of {len(new) - 1} rows were in the database, from the same data, detector, "
+            "settings and seed: those stay. What is printed is of now",
+            highlight=False,
+        )
+    held_out = len(benchmark.split(data.lengths)[1])
     source = {"dataset": spec.id, "digest": spec.digest, "seeds": list(chosen),
               "steps": steps, "width": width, "held_out": benchmark.HELD_OUT,
+              "held_out_rows": held_out, "truncated_last_step": last_step,
+              "policies": {name: given.digest for name, given in policies.items()},
               "perturbation": benchmark.PERTURBATION,
               "interval": "95 % bootstrap over seeds"}  # fmt: skip
     curves = detection.draw_curves({s.detector: (s.data, s.against) for s in found})
@@ -211,6 +228,9 @@ def ood(
         for m in rows
     ]
     print_table(("detector", "against", "AUROC", "AUPR", "FPR at 95 % TPR"), body)
-    caption = f"{spec.id}: {len(chosen)} seeds, {steps} steps, 95 % bootstrap intervals over seeds"
+    caption = (
+        f"{spec.id}: {len(chosen)} seeds, {steps} steps, 95 % bootstrap intervals over seeds; all "
+        f"seeds score {count} draws of the same {held_out} held-out rows"
+    )
     console.print(caption, highlight=False)
     print_paths(files)
