@@ -47,6 +47,7 @@ from algorithms.blocks.layers import MLP, constant
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_choices
 from algorithms.blocks.vae import VAE, GaussianNet, latent_kl
 
 GAUSSIAN_LOG_STD = (-20.0, 2.0)  # official code; its tanh-Gaussian of the MMD actor has no limits
@@ -76,11 +77,13 @@ class Config:
     multiplier_lr: float = 1e-3  # Adam of log lambda (ql_mmd.py)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("policy", ("gaussian", "cvae", "mmd")), ("guidance", ("none", "q"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
+        check_choices(
+            self,
+            {
+                "policy": ("gaussian", "cvae", "mmd"),
+                "guidance": ("none", "q"),
+            },
+        )
         if self.act_perturbed and (self.policy, self.guidance) != ("cvae", "q"):
             raise ValueError("act_perturbed needs policy: cvae and guidance: q; nothing perturbs")
 

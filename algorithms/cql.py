@@ -47,6 +47,7 @@ from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_positive
 
 OUTPUT_GAIN = 0.01  # of all last layers
 
@@ -77,9 +78,7 @@ class Config:
     normalize_obs: bool = True  # act on (s - mean) / (std + 1e-3); antmaze does not
 
     def __post_init__(self) -> None:
-        for name in ("critic_layers", "second_critic_layers", "num_actions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "critic_layers", "second_critic_layers", "num_actions")
 
 
 class Critics(nn.Module):

@@ -41,6 +41,7 @@ from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_choices
 
 SAMPLERS = ("ddim", "heun", "ancestral")
 LEAST_DDPM_STEPS = 50  # fewer leave no small noise to take scores at; see `vdd`
@@ -70,15 +71,14 @@ class Config:
     rho: float = 7.0  # edm: of the karras spacing (EDM; 5 in BESO)
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("form", ("edm", "ddpm")),
-            ("sampler", SAMPLERS),
-            ("spacing", ("exponential", "karras")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
+        check_choices(
+            self,
+            {
+                "form": ("edm", "ddpm"),
+                "sampler": SAMPLERS,
+                "spacing": ("exponential", "karras"),
+            },
+        )
         if self.form == "ddpm" and self.denoise_steps < LEAST_DDPM_STEPS:
             raise ValueError(
                 f"denoise_steps is {self.denoise_steps}; expected at least {LEAST_DDPM_STEPS}. Act "

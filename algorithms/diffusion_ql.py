@@ -52,6 +52,7 @@ from algorithms.blocks.layers import frozen_copy
 from algorithms.blocks.optim import Adam, cosine_decay, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_choices
 
 EPOCH_STEPS = 1000  # the official code counts in epochs
 TRAIN_CALL_EPOCHS = 50  # its learning-rate schedule advances once per this many
@@ -85,15 +86,14 @@ class Config:
     candidate_choice: str = "softmax"  # softmax (code) | argmax | none (paper: one plain sample)
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("lr_decay", ("as_run", "cosine", "off")),
-            ("q_normalizer", ("other_critic", "dataset")),
-            ("candidate_choice", ("softmax", "argmax", "none")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
+        check_choices(
+            self,
+            {
+                "lr_decay": ("as_run", "cosine", "off"),
+                "q_normalizer": ("other_critic", "dataset"),
+                "candidate_choice": ("softmax", "argmax", "none"),
+            },
+        )
 
 
 class DiffusionQL(nn.Module):

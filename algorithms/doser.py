@@ -65,6 +65,7 @@ from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, cosine_decay, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_choices, check_positive
 from algorithms.doser_models import (
     MODELS,
     CandidateConfig,
@@ -135,11 +136,7 @@ class Config:
     time_dim: int = 16  # embedding of the noise level (code)
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
+        check_choices(self, CHOICES)
         if self.dynamics_gate and self.dynamics_members < 2:
             raise ValueError("dynamics_gate needs dynamics_members of at least 2 to disagree")
         if self.dynamics_gate and not self.classifies:
@@ -151,15 +148,14 @@ class Config:
         for name in ("percentile", "gate_percentile"):
             if not 0.0 <= getattr(self, name) <= 100.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 100")
-        for name in (
+        check_positive(
+            self,
             "num_critics",
             "policy_every",
             "num_candidates",
             "action_levels",
             "state_levels",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        )
         if not 0 <= self.ood_rows <= self.batch_size:
             raise ValueError(
                 f"ood_rows is {self.ood_rows}; expected 1 to batch_size, rows of a batch, or 0: all"

@@ -251,8 +251,9 @@ def thresholds(
     action_levels = Levels(config.action_levels, config.fixed_levels)
     state_levels = Levels(config.state_levels, config.fixed_levels)
     # Only a denoising error has noise levels.
-    scaled = {"state"} if "cvae" in models else {"action", "state"}
-    scaled = scaled if config.fixed_levels else set()
+    scaled: set[str] = set()
+    if config.fixed_levels:
+        scaled = {"state"} if "cvae" in models else {"action", "state"}
     found: dict[str, list[Tensor]] = {}
     lowest = []
     for batch, obs, action in _passes(dataset, inputs, out):

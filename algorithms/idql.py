@@ -68,6 +68,7 @@ from algorithms.blocks.optim import Adam, cosine_decay, decay_weights, gradients
 from algorithms.blocks.residual import ResidualNoiseNet, redraw, xavier_uniform
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_choices, check_positive
 
 ACTION_MARGIN = 1e-5  # data actions stay this part of the half-range inside the bounds
 HARD_THRESHOLD = -0.01  # hard_adv keeps actions whose Q - V is at least this
@@ -110,19 +111,16 @@ class Config:
     choice_inv_temperature: float = 1.0  # under softmax: probability prop. to exp(this * Q)
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("lr_decay", ("cosine", "off")),
-            ("critic_objective", ("expectile", "quantile", "exponential")),
-            ("actor_objective", ("bc", "soft_adv", "hard_adv", "exp_adv")),
-            ("candidate_choice", ("greedy", "softmax", "implicit")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
-        for name in ("batch_size", "actor_batch_size", "actor_updates", "num_candidates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_choices(
+            self,
+            {
+                "lr_decay": ("cosine", "off"),
+                "critic_objective": ("expectile", "quantile", "exponential"),
+                "actor_objective": ("bc", "soft_adv", "hard_adv", "exp_adv"),
+                "candidate_choice": ("greedy", "softmax", "implicit"),
+            },
+        )
+        check_positive(self, "batch_size", "actor_batch_size", "actor_updates", "num_candidates")
         for name in ("expectile", "quantile"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a number in (0, 1)")

@@ -51,6 +51,7 @@ from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, cosine_decay, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_choices
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,13 @@ class Config:
     normalize_obs: bool = False  # act on (s - mean) / (std + 1e-3); CORL does
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("value_in_use", ("updated", "previous")),
-            ("q_loss", ("sum", "mean")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
+        check_choices(
+            self,
+            {
+                "value_in_use": ("updated", "previous"),
+                "q_loss": ("sum", "mean"),
+            },
+        )
         if not 0.0 < self.expectile < 1.0:
             raise ValueError(f"expectile is {self.expectile}; expected a number in (0, 1)")
 

@@ -65,6 +65,7 @@ from algorithms.blocks.layers import frozen_copy, outside_state
 from algorithms.blocks.optim import Adam, cosine_decay, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_choices, check_positive
 from algorithms.blocks.unet import UNet
 from algorithms.blocks.windows import WindowCoder, features
 
@@ -125,26 +126,23 @@ class Config:
     inv_temperature: float = 3.0  # iql: beta (code)
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("agent", tuple(AGENTS)),
-            ("training_data", ("real", "unguided", "guided", "world_model")),
-            ("final_row", ("step", "next_obs")),
-            ("guidance", ("calibrated", "additive")),
-            ("guidance_jacobian", ("data", "network")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
+        check_choices(
+            self,
+            {
+                "agent": AGENTS,
+                "training_data": ("real", "unguided", "guided", "world_model"),
+                "final_row": ("step", "next_obs"),
+                "guidance": ("calibrated", "additive"),
+                "guidance_jacobian": ("data", "network"),
+            },
+        )
         shrink = 2 ** (self.num_blocks - 1)
         if self.window < 2 or self.window % shrink:
             raise ValueError(
                 f"window is {self.window}; expected a multiple of {shrink} for a U-Net of "
                 f"{self.num_blocks} blocks"
             )
-        for name in ("refresh_every", "num_windows", "generations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "refresh_every", "num_windows", "generations")
         if not 0.0 <= self.synthetic_fraction <= 1.0:
             raise ValueError(
                 f"synthetic_fraction is {self.synthetic_fraction}; expected a number in [0, 1]"

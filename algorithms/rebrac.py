@@ -42,6 +42,7 @@ from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_positive
 
 HIDDEN_BIAS = 0.1
 ACTOR_OUTPUT, CRITIC_OUTPUT = 1e-3, 3e-3  # bounds of the last layers' uniform initialisation
@@ -70,8 +71,7 @@ class Config:
     normalize_obs: bool = False  # act on (s - mean) / (std + 1e-3), statistics of the dataset
 
     def __post_init__(self) -> None:
-        if self.policy_every < 1:
-            raise ValueError(f"policy_every is {self.policy_every}; expected at least 1")
+        check_positive(self, "policy_every")
 
 
 class Network(nn.Module):

@@ -39,6 +39,7 @@ from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_positive
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class Config:
     normalize_obs: bool = True  # act on (s - mean) / (std + 1e-3), statistics of the dataset
 
     def __post_init__(self) -> None:
-        if self.policy_every < 1:
-            raise ValueError(f"policy_every is {self.policy_every}; expected at least 1")
+        check_positive(self, "policy_every")
 
 
 class TD3BC(nn.Module):

@@ -70,6 +70,7 @@ from algorithms.blocks.normalizer import Normalizer
 from algorithms.blocks.optim import Adam, gradients
 from algorithms.blocks.rng import Rng as CounterRng
 from algorithms.blocks.rng import Stream
+from algorithms.blocks.settings import check_choices, check_positive
 from algorithms.teachers import Levels, SampleConfig, Score, draw_samples, teacher_stages
 
 TEACHER = Pretrained("diffusion_bc")
@@ -108,22 +109,21 @@ class Config:
     correct_covariance: bool = False  # take the score's noise out of densities and draws (ours)
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("objective", ("vdd", "em", "imc")),
-            ("covariance", ("full", "diagonal")),
-            ("ddpm_score", ("released", "unbiased")),
-            ("gate_data", ("teacher", "demonstrations")),
-            ("initial_means", ("uniform", "kmeans")),
-            ("activation", ("silu", "mish", "relu")),
-            ("expert_choice", ("sample", "argmax")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}"
-                )
-        for name in ("num_experts", "num_samples", "expert_updates", "gate_states", "gate_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_choices(
+            self,
+            {
+                "objective": ("vdd", "em", "imc"),
+                "covariance": ("full", "diagonal"),
+                "ddpm_score": ("released", "unbiased"),
+                "gate_data": ("teacher", "demonstrations"),
+                "initial_means": ("uniform", "kmeans"),
+                "activation": ("silu", "mish", "relu"),
+                "expert_choice": ("sample", "argmax"),
+            },
+        )
+        check_positive(
+            self, "num_experts", "num_samples", "expert_updates", "gate_states", "gate_samples"
+        )
         if not 0.0 < self.min_std < self.initial_std:
             raise ValueError(
                 f"min_std is {self.min_std} and initial_std {self.initial_std}; expected "

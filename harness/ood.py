@@ -130,9 +130,9 @@ def compare(
             f"({', '.join(compared)}). Give the algorithm another label, and draw its actions again"
         )
     for name, given in _at_observations(actions or {}, dataset.obs[held_out]).items():
-        drawn_rows = rng.integers(len(given.obs), count)
+        which = rng.integers(len(given.obs), count)
         obs, action = (
-            torch.tensor(x, dtype=torch.float32, device=on)[drawn_rows]
+            torch.tensor(x, dtype=torch.float32, device=on)[which]
             for x in (given.obs, given.action)
         )
         compared[name] = obs, action
@@ -187,7 +187,7 @@ def _at_observations(
         if not there.any():
             raise ValueError(
                 f"none of the {len(there)} actions of {name!r} is at an observation that was held "
-                f"out from the detectors (every {round(1 / HELD_OUT)}th episode). Draw more of "
+                f"out from the detectors ({HELD_OUT:.0%} of the episodes). Draw more of "
                 "them: harness actions --count"
             )
         found[name] = PolicyActions(given.obs[there], given.action[there])
@@ -284,8 +284,7 @@ def records(
         data: with which the dataset was read.
     """
     actions, data = actions or {}, data or DataSpec()
-    chosen = {key: value for key, value in config_to_dict(data).items()
-              if value != getattr(DataSpec(), key)}  # fmt: skip
+    chosen = dict(config_to_dict(data).items() - config_to_dict(DataSpec()).items())
     (commit, dirty), now = provenance.git_state(), provenance.utc_now()
     by_name = {each.detector: each for each in scores}
     found: list[Record] = [dataset_record(spec.id, spec.digest)]

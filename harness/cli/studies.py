@@ -190,15 +190,14 @@ def ood(
         )  # fmt: skip
     rows = [m for s in found for m in detection.measure(s.detector, s.data, s.against)]
     _, store = open_store(home, db)
+    parent, *detections = benchmark.records(spec, chosen, found, rows, policies, chosen_data)
     with store:
-        before = len(store.detections())
-        new = benchmark.records(spec, chosen, found, rows, policies, chosen_data)
-        store.append(new)
-        stayed = before + len(new) - 1 - len(store.detections())  # one is the dataset
+        store.append([parent])
+        stayed = len(detections) - store.append(detections)
     if stayed:
         errors.print(
-            f"{stayed} of {len(new) - 1} rows were in the database, from the same data, detector, "
-            "settings and seed: those stay. What is printed is of now",
+            f"{stayed} of {len(detections)} rows were in the database, from the same data, "
+            "detector, settings and seed: those stay. What is printed is of now",
             highlight=False,
         )
     held_out = len(benchmark.split(data.lengths)[1])
