@@ -7,14 +7,14 @@ that covers at 3 to 10 seeds (docs/statistics.md):
 
     holds   the interval lies above the margin
     fails   the interval lies below it
-    open    neither, or too few seeds; with how many seeds would settle it, if any number would
+    open    neither, or too few seeds; with how many seeds would settle it, if any number would.
+            Also where a seed of either method has no score: what the others say is a selection
 
 A negative margin claims "not worse by more than". Owns the verdicts, their table and figure.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json as json_module
 import textwrap
@@ -196,6 +196,9 @@ def _findings(claim: Claim, scores: Scores) -> list[Finding]:
     if len(common) > 1 and all(len(parts[name][0]) for name in common):
         better, than = ([float(np.mean(parts[name][side])) for name in common] for side in (0, 1))
         differences = [np.subtract(*parts[name]).tolist() for name in common]
+        judgement = judge(differences, claim.margin)
+        if any(_gaps(claim, task, scores) for task in tasks if task.normalized):
+            judgement = _incomplete(judgement, ["some seeds are missing, see above"])
         found.append(
             Finding(
                 claim,
@@ -203,10 +206,27 @@ def _findings(claim: Claim, scores: Scores) -> list[Finding]:
                 tuple(len(parts[name][0]) for name in common),
                 float(np.mean(better)),
                 float(np.mean(than)),
-                judge(differences, claim.margin),
+                judgement,
             )
         )
     return found
+
+
+def _gaps(claim: Claim, task: Task, scores: Scores) -> list[str]:
+    """What either method lacks on a task, in words."""
+    return [
+        f"{label}: {gap.removeprefix(f'{task.name}: ')}"
+        for label in (claim.better, claim.than)
+        for gap in scores.gaps(label, [task])
+    ]
+
+
+def _incomplete(judgement: Judgement, gaps: list[str]) -> Judgement:
+    """Open, whatever the seeds with scores say; their interval stays to be seen."""
+    said = judgement.remark
+    if judgement.verdict != "open":
+        said = f"{judgement.verdict} for the other seeds, which are a selection"
+    return Judgement(judgement.difference, "open", "; ".join(filter(None, (*gaps, said))))
 
 
 def _pairs(claim: Claim, task: Task, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -227,14 +247,8 @@ def _finding(
     claim: Claim, task: Task, better: np.ndarray, than: np.ndarray, scores: Scores
 ) -> Finding:
     judgement = judge([(better - than).tolist()], claim.margin)
-    lacks = [
-        f"{label}: {gap.removeprefix(f'{task.name}: ')}"
-        for label in (claim.better, claim.than)
-        for gap in scores.gaps(label, [task])
-    ]
-    if lacks:
-        remark = "; ".join(filter(None, (judgement.remark, *lacks)))
-        judgement = dataclasses.replace(judgement, remark=remark)
+    if gaps := _gaps(claim, task, scores):
+        judgement = _incomplete(judgement, gaps)
     return Finding(
         claim,
         task.name,
@@ -297,7 +311,8 @@ def caption(report: Report) -> str:
     return (
         f"Normalised scores x 100 ({report.select}). Differences are means over training seeds, "
         f"seed by seed, with {100 * CONFIDENCE:.0f} % t intervals. A claim holds where the "
-        "interval lies above the margin (0 unless given), fails where it lies below. The intervals "
+        "interval lies above the margin (0 unless given), fails where it lies below; without a "
+        "score for every seed it is open. The intervals "
         f"are not corrected for their number ({count}): where nothing differs, one in forty holds "
         f"by chance. Seeds to settle an open one: a paired t test at {100 * POWER:.0f} % power if "
         "the difference is as large as it looks."

@@ -100,10 +100,24 @@ def test_tasks_weigh_the_same_and_pairs_are_of_one_seed():
     # Seed 0 of method_00 diverged on one of the tasks: its pair is left out, and named.
     (incomplete,) = (finding for finding in (one, other) if finding.seeds == (3,))
     assert "seed 0 diverged" in incomplete.judgement.remark
+    assert "see above" in both.judgement.remark
     mean = (one.judgement.difference.value + other.judgement.difference.value) / 2
     assert both.judgement.difference.value == pytest.approx(mean)
     assert both.better - both.than == pytest.approx(mean)
     assert sorted(both.seeds) == [3, 4]
+
+
+@pytest.mark.parametrize("better", ["method_00", "method_01"])
+def test_seeds_that_are_left_when_one_diverged_are_no_verdict(better):
+    store = synthetic.store(methods=2, seeds=4, simulators=1, tasks=2)
+    than = {"method_00": "method_01", "method_01": "method_00"}[better]
+    findings = claims.build(store, [Claim(better, than, "Surely.", margin=-1000.0)]).findings
+    complete, incomplete, both = sorted(findings, key=lambda found: -min(found.seeds))
+    assert complete.judgement.verdict == "holds"
+    for finding in (incomplete, both):
+        assert finding.judgement.verdict == "open"
+        assert finding.judgement.difference.low > -1000
+        assert "holds for the other seeds, which are a selection" in finding.judgement.remark
 
 
 def test_a_glob_chooses_the_tasks_and_an_unknown_method_has_no_score():
