@@ -16,6 +16,7 @@ SMALL = {
     "database": "--rows 2000",
     "doser": "--quick",
     "evaluation": "--seeds 2 --envs 2 --steps 20 --repeats 1",
+    "fidelity": "",
     "generation": "--width 16 --windows 8",
     "leaderboard_site": "--methods 2 --evaluations 2 --episodes 2",
     "load": "--quick",
