@@ -1,10 +1,10 @@
 """Scores beside the authors' own code: the same data, settings, steps and evaluation.
 
     python benchmarks/fidelity.py [METHOD ...] [--rows FILE] [--corl DIR] [--diffusion-ql DIR]
-                                  [--dataset GLOB] [--seeds 0-3] [--steps N] [--out FILE]
-                                  [--threads 1]
+                                  [--idql DIR] [--dataset GLOB] [--seeds 0-3] [--steps N]
+                                  [--out FILE] [--threads 1]
 
-`--rows` is an archive of finished trials of ours, in float32 (`harness archive`; default:
+`--rows` is an archive of finished trials of ours (`harness archive`; default:
 pen-expert of results/evidence). For each METHOD in it (a label; default: all that a given clone
 has) the authors' learner is trained on the same dataset, with the rewards and settings of our
 trials and as many steps, acts in the same episodes, and the difference is printed with its 95 %
@@ -186,10 +186,88 @@ def official_diffusion_ql(
     return Learner(train, lambda states: np.stack([learner.sample_action(s) for s in states]))
 
 
+def official_idql(folder: str, config: Mapping[str, Any], data: TransitionDataset) -> Learner:
+    """December's code."""
+    replace_unused("d4rl", "gym", "tensorflow_probability")
+    sys.path.insert(0, folder)
+    import jax
+    from flax.core import FrozenDict
+    from jaxrl5.agents.ddpm_iql_simple.ddpm_iql_learner import DDPMIQLLearner
+
+    expect(
+        config,
+        critic_objective="expectile",
+        actor_objective="bc",
+        candidate_choice="greedy",
+        actor_updates=1,
+        actor_batch_size=config["batch_size"],
+        hidden_dim=256,
+        activation="silu",
+        cond_dim=2 * config["time_dim"],
+        value_input_norm=True,
+        weight_decay=1e-4,
+        lr_decay="cosine",
+    )
+
+    class Box:
+        def __init__(self, size: int) -> None:
+            self.shape = (size,)
+
+        def sample(self) -> np.ndarray:
+            return np.zeros(self.shape, dtype=np.float32)
+
+    learner = DDPMIQLLearner.create(
+        torch.initial_seed(),
+        Box(data.spec.obs_dim),
+        Box(data.spec.action_dim),
+        actor_lr=config["lr"],
+        critic_lr=config["critic_lr"],
+        value_lr=config["critic_lr"],
+        discount=config["discount"],
+        tau=config["tau"],
+        critic_hyperparam=config["expectile"],
+        ddpm_temperature=config["sample_noise_scale"],
+        actor_num_blocks=config["num_blocks"],
+        actor_tau=1.0 - config["ema_decay"],
+        actor_dropout_rate=config["dropout_rate"],
+        T=config["denoise_steps"],
+        time_dim=config["time_dim"],
+        N=config["num_candidates"],
+        beta_schedule=config["schedule"],
+        decay_steps=config["steps"],
+    )
+    columns = {
+        "observations": data.obs,
+        "actions": data.action,
+        "next_observations": data.next_obs,
+        "rewards": data.reward,
+        "masks": 1.0 - data.terminated,
+    }
+    arrays = {name: jax.numpy.asarray(column.numpy()) for name, column in columns.items()}
+
+    def train(steps: int) -> None:
+        nonlocal learner
+        for _ in range(steps):
+            rows = torch.randint(0, len(data.obs), (config["batch_size"],)).numpy()
+            batch = {name: array[rows] for name, array in arrays.items()}
+            learner, _ = learner.update(FrozenDict(batch))
+
+    def act(states: np.ndarray) -> np.ndarray:
+        nonlocal learner
+        actions = []
+        for state in states:
+            action, learner = learner.eval_actions(state)
+            actions.append(action)
+        return np.stack(actions)
+
+    return Learner(train, act)
+
+
 AUTHORS: dict[str, tuple[str, Build]] = {  # algorithm of ours -> argument, learner
     "bc": ("corl", corl_bc),
     "td3_bc": ("corl", corl_td3_bc),
     "diffusion_ql": ("diffusion_ql", official_diffusion_ql),
+    "idql": ("idql", official_idql),
 }
 
 
@@ -271,7 +349,8 @@ def compared(trial: Any, ours: Any, score: Callable[[float], float], out: Path) 
             interval = ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
             value = a.mean() - b.mean()
             difference = f"{value:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
-        rows.append([trial.label, trial.dataset_id, str(step), _cell(b), _cell(a), difference])
+        method = trial.label + f" ({trial.precision})" * (trial.precision != "float32")
+        rows.append([method, trial.dataset_id, str(step), _cell(b), _cell(a), difference])
     return rows
 
 
@@ -290,6 +369,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--corl", metavar="DIR")
     parser.add_argument("--diffusion-ql", metavar="DIR")
+    parser.add_argument("--idql", metavar="DIR", help="needs jax, flax and optax")
     parser.add_argument("--dataset", default="*")
     parser.add_argument("--seeds", default="0-3")
     parser.add_argument("--steps", type=int, help="fewer than our trials had")
@@ -306,7 +386,6 @@ def main() -> None:
     for trial in trials.drop_duplicates("variant_id").itertuples():
         if (
             trial.algorithm not in AUTHORS
-            or trial.precision != "float32"
             or (given.methods and trial.label not in given.methods)
             or not fnmatch.fnmatch(trial.dataset_id, given.dataset)
         ):
@@ -320,9 +399,7 @@ def main() -> None:
         task = tasks[trial.dataset_id, trial.dataset_digest, trial.simulator]
         rows += compared(trial, means[means.variant_id == trial.variant_id], task.score, out)
     if not rows:
-        sys.exit(
-            f"{out} has no scores beside float32 trials of {given.rows}; give a clone (--help)"
-        )
+        sys.exit(f"{out} has no scores beside those of {given.rows}; give a clone (--help)")
     header = ["method", "dataset", "step", "authors' code", "ours"]
     print(markdown_table([*header, f"ours less theirs, {CONFIDENCE:.0%} Welch"], rows))
 

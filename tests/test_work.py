@@ -205,13 +205,18 @@ def test_a_share_trains_nothing_that_a_sweep_finished_since_it_was_planned(
     assert (done.stacks, done.failed, set(ended)) == (0, {}, {"done by another process"})
 
 
-def test_a_dry_run_knows_what_shares_have_done(spec, tmp_path):
-    """It registers no trials, and yet must not announce hours of training that nobody will do."""
+def test_dry_run_and_status_know_what_shares_have_done(spec, tmp_path):
+    """They register no trials, and yet must not announce hours of training that nobody will do."""
     home = tmp_path / "home"
     do(spec, Home.find(home), "0/2", tmp_path / "stop")
     command = ["sweep", str(spec), "--home", str(home), "--dry-run", "--json"]
     plan = json.loads(CliRunner().invoke(cli.app, command).stdout)
     assert (plan["counts"]["trials_done"], plan["counts"]["stacks"]) == (5, 3)
+    told = json.loads(
+        CliRunner().invoke(cli.app, ["status", str(spec), "--home", str(home), "--json"]).stdout
+    )
+    assert (told["not_in_database"], told["not_planned_yet"]) == (5, 5)
+    assert sum(cell["done"] for cell in told["cells"]) == 5
     with Store.open(Home.find(home).database_url()) as store:
         assert store.trials().empty
     assert inline.sweep(spec, home).trained == 3

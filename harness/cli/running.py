@@ -19,15 +19,17 @@ from harness.cli.options import (
     OptionalSpec,
     OverridesArgument,
     SpecArgument,
-    choose_trials,
     open_store,
+    show_trials,
 )
 from harness.cli.printing import console, errors, print_checks, styled
 from harness.stopping import signals_interrupt
 
 if TYPE_CHECKING:
+    from harness.home import Home
     from harness.preflight import Check
     from harness.spec import Experiment
+    from results.store import Store, TrialState
 
 CONTINUES = "the same command continues from the last checkpoints"
 
@@ -241,6 +243,28 @@ def work(
         raise typer.Exit(SOME_FAILED)
 
 
+def _only_in_spools(
+    store: Store, home: Home, experiment: Experiment, known: list[TrialState]
+) -> list[TrialState]:
+    """Trials that `harness work` has begun or done and no sweep has taken in yet."""
+    from harness.ingest import Ingester
+    from results.store import TrialState
+
+    absent = {trial.id: trial for trial in experiment.trials}
+    for state in known:
+        absent.pop(state.trial_id, None)
+    if not absent:
+        return []
+    ingester = Ingester(store, home)
+    ingester.leftovers()
+    found = []
+    for trial_id, run in ingester.statuses(absent).items():
+        trial = absent[trial_id]
+        place = (trial.label, trial.dataset_id, trial.variant_id)
+        found.append(TrialState(trial_id, *place, run.status, run.steps_done, run.error))
+    return found
+
+
 def status(
     spec: OptionalSpec = None,
     overrides: OverridesArgument = None,
@@ -249,24 +273,29 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Where trials stand: done, running, failed, diverged, never run."""
-    _, store = open_store(home, db)
+    from harness.spec import load_experiment
+
+    found, store = open_store(home, db)
     with store:
-        ids = choose_trials(store, spec, overrides)
-        states = store.states(ids)
+        experiment = load_experiment(spec, overrides or []) if spec else None
+        states = store.states(show_trials(store, experiment) if experiment else None)
+        spooled = _only_in_spools(store, found, experiment, states) if experiment else []
+    states += spooled
     rows: dict[tuple[str, str, str], Counter[str]] = {}
     steps: Counter[tuple[str, str, str]] = Counter()
     for state in states:
         key = (state.label, state.dataset_id, state.variant_id[:8])
         rows.setdefault(key, Counter())[state.status or "pending"] += 1
         steps[key] = max(steps[key], state.steps_done or 0)
-    never_seen = len(ids) - len(states) if ids is not None else 0
+    never_seen = len(experiment.trials) - len(states) if experiment else 0
     failures = {s.trial_id: s.error for s in states if s.status in ("failed", "diverged")}
     if as_json:
         listed = [
             {"label": k[0], "dataset": k[1], "variant": k[2], "steps": steps[k], **count}
             for k, count in sorted(rows.items())
         ]
-        print(json.dumps({"cells": listed, "not_planned_yet": never_seen, "errors": failures}))
+        told = {"cells": listed, "not_planned_yet": never_seen, "not_in_database": len(spooled)}
+        print(json.dumps({**told, "errors": failures}))
         return
     known = ("done", "running", "interrupted", "failed", "diverged", "pending")
     columns = [name for name in known if any(count[name] for count in rows.values())]
@@ -277,5 +306,11 @@ def status(
     console.print(table)
     if never_seen:
         console.print(f"trials of the spec that were never started: {never_seen}")
+    if spooled:
+        console.print(
+            f"not yet in the database: {len(spooled)} trials of `harness work`; `harness sweep` "
+            "with the same spec takes in their rows",
+            highlight=False,
+        )
     for trial_id, error in sorted(failures.items()):
         console.print(f"{trial_id[:12]}: {_last_line(error)}", highlight=False)
