@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import csv
 import fnmatch
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -322,6 +323,13 @@ def run(code: str, build: Build, folder: str, trial: Any, seed: int, steps: int,
     evaluator.close()
 
 
+def code_of(folder: str) -> str:
+    """Name and commit of a clone."""
+    command = ["git", "-C", folder, "rev-parse", "--short", "HEAD"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{Path(folder).resolve().name} {told.stdout.strip() or 'of unknown commit'}"
+
+
 def theirs(out: Path, trial: Any) -> dict[int, dict[int, float]]:
     """Mean returns in `out` of the authors' code trained as `trial` was: step -> seed -> return."""
     found: dict[int, dict[int, float]] = {}
@@ -395,7 +403,7 @@ def main() -> None:
         steps = min(trial.config["steps"], given.steps or trial.config["steps"])
         for seed in parse_seeds(given.seeds) if folder else ():
             if seed not in theirs(out, trial).get(steps, {}):
-                run(Path(folder).name, build, folder, trial, seed, steps, out)
+                run(code_of(folder), build, folder, trial, seed, steps, out)
         task = tasks[trial.dataset_id, trial.dataset_digest, trial.simulator]
         rows += compared(trial, means[means.variant_id == trial.variant_id], task.score, out)
     if not rows:
