@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import json as json_module
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -109,13 +109,27 @@ class Report:
 # ------------------------------------------------------------------------------------- verdicts
 
 
-def judge(differences: stats.ScoreLists, margin: float = 0.0) -> Judgement:
+def judge(
+    differences: stats.ScoreLists, margin: float = 0.0, gaps: Sequence[str] = ()
+) -> Judgement:
     """The verdict on "the mean difference is above the margin".
 
     Args:
         differences: one list for each task, a number for each seed.
         margin: in their unit.
+        gaps: which scores are missing, in words. With any the verdict is open; what the seeds
+            with scores say stays to be seen.
     """
+    judgement = _judge_complete(differences, margin)
+    if not gaps:
+        return judgement
+    said = judgement.remark
+    if judgement.verdict != "open":
+        said = f"{judgement.verdict} for the other seeds, which are a selection"
+    return Judgement(judgement.difference, "open", "; ".join(filter(None, (*gaps, said))))
+
+
+def _judge_complete(differences: stats.ScoreLists, margin: float) -> Judgement:
     fewest = min(map(len, differences), default=0)
     if fewest == 0:
         return Judgement(None, "open", "no seed has both scores")
@@ -191,14 +205,13 @@ def build(
 def _findings(claim: Claim, scores: Scores) -> list[Finding]:
     tasks = [task for task in scores.tasks if fnmatchcase(task.dataset_id, claim.datasets)]
     parts = {task.name: _pairs(claim, task, scores) for task in tasks}
-    found = [_finding(claim, task, *parts[task.name], scores) for task in tasks]
+    gaps = {task.name: _gaps(claim, task, scores) for task in tasks}
+    found = [_finding(claim, task, *parts[task.name], gaps[task.name]) for task in tasks]
     common = [task.name for task in tasks if task.normalized]
     if len(common) > 1 and all(len(parts[name][0]) for name in common):
         better, than = ([float(np.mean(parts[name][side])) for name in common] for side in (0, 1))
         differences = [np.subtract(*parts[name]).tolist() for name in common]
-        judgement = judge(differences, claim.margin)
-        if any(_gaps(claim, task, scores) for task in tasks if task.normalized):
-            judgement = _incomplete(judgement, ["some seeds are missing, see above"])
+        some = ["some seeds are missing, see above"] if any(gaps[name] for name in common) else []
         found.append(
             Finding(
                 claim,
@@ -206,7 +219,7 @@ def _findings(claim: Claim, scores: Scores) -> list[Finding]:
                 tuple(len(parts[name][0]) for name in common),
                 float(np.mean(better)),
                 float(np.mean(than)),
-                judgement,
+                judge(differences, claim.margin, some),
             )
         )
     return found
@@ -219,14 +232,6 @@ def _gaps(claim: Claim, task: Task, scores: Scores) -> list[str]:
         for label in (claim.better, claim.than)
         for gap in scores.gaps(label, [task])
     ]
-
-
-def _incomplete(judgement: Judgement, gaps: list[str]) -> Judgement:
-    """Open, whatever the seeds with scores say; their interval stays to be seen."""
-    said = judgement.remark
-    if judgement.verdict != "open":
-        said = f"{judgement.verdict} for the other seeds, which are a selection"
-    return Judgement(judgement.difference, "open", "; ".join(filter(None, (*gaps, said))))
 
 
 def _pairs(claim: Claim, task: Task, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -244,18 +249,15 @@ def _pairs(claim: Claim, task: Task, scores: Scores) -> tuple[np.ndarray, np.nda
 
 
 def _finding(
-    claim: Claim, task: Task, better: np.ndarray, than: np.ndarray, scores: Scores
+    claim: Claim, task: Task, better: np.ndarray, than: np.ndarray, gaps: Sequence[str]
 ) -> Finding:
-    judgement = judge([(better - than).tolist()], claim.margin)
-    if gaps := _gaps(claim, task, scores):
-        judgement = _incomplete(judgement, gaps)
     return Finding(
         claim,
         task.name,
         (len(better),),
         float(better.mean()) if len(better) else None,
         float(than.mean()) if len(than) else None,
-        judgement,
+        judge([(better - than).tolist()], claim.margin, gaps),
         "points" if task.normalized else "return",
     )
 
@@ -312,10 +314,10 @@ def caption(report: Report) -> str:
         f"Normalised scores x 100 ({report.select}). Differences are means over training seeds, "
         f"seed by seed, with {100 * CONFIDENCE:.0f} % t intervals. A claim holds where the "
         "interval lies above the margin (0 unless given), fails where it lies below; without a "
-        "score for every seed it is open. The intervals "
-        f"are not corrected for their number ({count}): where nothing differs, one in forty holds "
-        f"by chance. Seeds to settle an open one: a paired t test at {100 * POWER:.0f} % power if "
-        "the difference is as large as it looks."
+        "score for every seed it is open. The intervals are not corrected for their number "
+        f"({count}): where nothing differs, one in forty holds by chance. Seeds to settle an open "
+        f"one: a paired t test at {100 * POWER:.0f} % power if the difference is as large as it "
+        "looks."
     )
 
 

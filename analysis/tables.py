@@ -243,8 +243,13 @@ def _cell(board: Leaderboard, method: str, task: Task) -> str:
     if not cell.scores:
         return f"–{mark}"
     values = np.array(list(cell.scores.values())) * (100 if task.normalized else 1)
+    return f"{mean_text(values)}{mark}"
+
+
+def mean_text(values: np.ndarray) -> str:
+    """Mean, sample standard deviation and number of values: "102.9 ± 12.5 (4)"."""
     spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{values.mean():.1f}{spread} ({len(values)}){mark}"
+    return f"{values.mean():.1f}{spread} ({len(values)})"
 
 
 def _finite(value: float) -> float | str:

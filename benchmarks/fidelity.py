@@ -32,12 +32,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from peers import replace_unused, script
+from peers import Box, corl_td3_bc_networks, diffusion_ql_class, idql_class, script
 from scipy.stats import ttest_ind
 from torch import Tensor
 
 from analysis.load import read_tasks
-from analysis.tables import markdown_table
+from analysis.stats import Estimate
+from analysis.tables import markdown_table, mean_text
 from harness.datasets.buffers import TransitionDataset, load
 from harness.environments import evaluation_environment
 from harness.evaluate import Evaluator
@@ -102,15 +103,6 @@ def corl_td3_bc(folder: str, config: Mapping[str, Any], data: TransitionDataset)
     code = script(folder, "algorithms/offline/td3_bc.py")
     expect(config, hidden_dim=256, normalize_obs=True)
     sizes = data.spec.obs_dim, data.spec.action_dim
-    networks: dict[str, Any] = {"actor": code.Actor(*sizes, 1.0)}
-    networks |= {f"critic_{n}": code.Critic(*sizes) for n in (1, 2)}
-    rates = {
-        "actor": config["lr"],
-        "critic_1": config["critic_lr"],
-        "critic_2": config["critic_lr"],
-    }
-    for name, rate in rates.items():
-        networks[f"{name}_optimizer"] = torch.optim.Adam(networks[name].parameters(), lr=rate)
     learner = code.TD3_BC(
         1.0,
         discount=config["discount"],
@@ -119,7 +111,7 @@ def corl_td3_bc(folder: str, config: Mapping[str, Any], data: TransitionDataset)
         noise_clip=config["noise_clip"],
         policy_freq=config["policy_every"],
         alpha=config["q_coef"],
-        **networks,
+        **corl_td3_bc_networks(code, sizes, config["lr"], config["critic_lr"]),
     )
     return corl(code, learner, config, data)
 
@@ -135,10 +127,6 @@ def corl_bc(folder: str, config: Mapping[str, Any], data: TransitionDataset) -> 
 def official_diffusion_ql(
     folder: str, config: Mapping[str, Any], data: TransitionDataset
 ) -> Learner:
-    replace_unused("d4rl")
-    sys.path.insert(0, folder)
-    from agents.ql_diffusion import Diffusion_QL
-
     expect(
         config,
         hidden_dim=256,
@@ -151,7 +139,7 @@ def official_diffusion_ql(
         num_candidates=50,
         backup_actions=10,
     )
-    learner = Diffusion_QL(
+    learner = diffusion_ql_class(folder)(
         data.spec.obs_dim,
         data.spec.action_dim,
         1.0,
@@ -189,11 +177,8 @@ def official_diffusion_ql(
 
 def official_idql(folder: str, config: Mapping[str, Any], data: TransitionDataset) -> Learner:
     """December's code."""
-    replace_unused("d4rl", "gym", "tensorflow_probability")
-    sys.path.insert(0, folder)
     import jax
     from flax.core import FrozenDict
-    from jaxrl5.agents.ddpm_iql_simple.ddpm_iql_learner import DDPMIQLLearner
 
     expect(
         config,
@@ -210,14 +195,7 @@ def official_idql(folder: str, config: Mapping[str, Any], data: TransitionDatase
         lr_decay="cosine",
     )
 
-    class Box:
-        def __init__(self, size: int) -> None:
-            self.shape = (size,)
-
-        def sample(self) -> np.ndarray:
-            return np.zeros(self.shape, dtype=np.float32)
-
-    learner = DDPMIQLLearner.create(
+    learner = idql_class(folder).create(
         torch.initial_seed(),
         Box(data.spec.obs_dim),
         Box(data.spec.action_dim),
@@ -293,20 +271,31 @@ def run(code: str, build: Build, folder: str, trial: Any, seed: int, steps: int,
         raise ValueError(f"{trial.dataset_id} here is not the data of the rows")
     if not np.allclose([data.spec.action_low, data.spec.action_high], [[-1.0], [1.0]]):
         raise ValueError("the authors' code was given actions in [-1, 1]; these are not")
+    asked = trial.evaluation
+    environment = evaluation_environment(trial.dataset_id)
+    if (environment.describe(), environment.simulator) != (
+        asked["environment"],
+        asked["simulator"],
+    ):
+        raise ValueError(
+            f"the rows were evaluated in {asked['environment']} on {asked['simulator']}; here are "
+            f"{environment.describe()} and {environment.simulator}"
+        )
     torch.manual_seed(seed)
     np.random.seed(seed)  # theirs asks the global generator  # noqa: NPY002
     learner = build(folder, trial.config, data)
-    asked = trial.evaluation
     evaluator = Evaluator(
-        evaluation_environment(trial.dataset_id).make,
+        environment.make,
         1,
         asked["episodes"],
         asked["episodes"],
         asked["first_env_seed"],
     )
     started = time.perf_counter()
-    for step in range(asked["every"], steps + 1, asked["every"]):
-        learner.train(asked["every"])
+    done = 0
+    for step in (*range(asked["every"], steps, asked["every"]), steps):
+        learner.train(step - done)
+        done = step
         place = torch.tensor([seed]), torch.tensor([step])
         (episodes,), failed = evaluator.run(Playing(learner), *place, [True])
         if failed:
@@ -354,19 +343,20 @@ def compared(trial: Any, ours: Any, score: Callable[[float], float], out: Path) 
         b = 100 * np.array([score(value) for value in returns.values()])
         difference = "–"
         if min(len(a), len(b)) > 1:
-            interval = ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
-            value = a.mean() - b.mean()
-            difference = f"{value:+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+            bounds = ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
+            difference = Estimate(a.mean() - b.mean(), *bounds).text(1, sign="+")
         method = trial.label + f" ({trial.precision})" * (trial.precision != "float32")
-        rows.append([method, trial.dataset_id, str(step), _cell(b), _cell(a), difference])
+        rows.append(
+            [
+                method,
+                trial.dataset_id,
+                str(step),
+                mean_text(b),
+                mean_text(a) if len(a) else "–",
+                difference,
+            ]
+        )
     return rows
-
-
-def _cell(scores: np.ndarray) -> str:
-    if len(scores) == 0:
-        return "–"
-    spread = f" ± {scores.std(ddof=1):.1f}" if len(scores) > 1 else ""
-    return f"{scores.mean():.1f}{spread} ({len(scores)})"
 
 
 def main() -> None:

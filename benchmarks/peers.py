@@ -170,12 +170,16 @@ class Buffer:
         return tuple(column[rows] for column in self.columns)
 
 
-def official_diffusion_ql(folder: str, device: str) -> Any:
+def diffusion_ql_class(folder: str) -> Any:
     replace_unused("d4rl")
     sys.path.insert(0, folder)
     from agents.ql_diffusion import Diffusion_QL
 
-    return Diffusion_QL(
+    return Diffusion_QL
+
+
+def official_diffusion_ql(folder: str, device: str) -> Any:
+    return diffusion_ql_class(folder)(
         OBS, ACTIONS, 1.0, device, 0.99, 0.005, eta=1.0, beta_schedule="vp", n_timesteps=5,
         lr_decay=True, lr_maxt=2000, grad_norm=9.0,
     )  # fmt: skip
@@ -262,21 +266,29 @@ def peer_cleandiffuser(folder: str, device: str) -> Step:
     return step
 
 
-def peer_idql(folder: str, device: str) -> Step:
+class Box:
+    """What IDQL's code asks of a space."""
+
+    def __init__(self, size: int) -> None:
+        self.shape = (size,)
+
+    def sample(self) -> np.ndarray:
+        return np.zeros(self.shape, dtype=np.float32)
+
+
+def idql_class(folder: str) -> Any:
     replace_unused("d4rl", "gym", "tensorflow_probability")
     sys.path.insert(0, folder)
-    import jax
-    from flax.core import FrozenDict
     from jaxrl5.agents.ddpm_iql_simple.ddpm_iql_learner import DDPMIQLLearner
 
-    class Box:
-        def __init__(self, size: int) -> None:
-            self.shape = (size,)
+    return DDPMIQLLearner
 
-        def sample(self) -> np.ndarray:
-            return np.zeros(self.shape, dtype=np.float32)
 
-    learner = DDPMIQLLearner.create(0, Box(OBS), Box(ACTIONS), actor_dropout_rate=0.1)
+def peer_idql(folder: str, device: str) -> Step:
+    import jax
+    from flax.core import FrozenDict
+
+    learner = idql_class(folder).create(0, Box(OBS), Box(ACTIONS), actor_dropout_rate=0.1)
     columns = {name: jax.numpy.asarray(value) for name, value in arrays().items()}
     names = {"observations": "obs", "actions": "action", "next_observations": "next_obs"}
 
@@ -341,15 +353,28 @@ def peer_corl_iql(folder: str, device: str) -> Step:
     return corl_step(code.ImplicitQLearning(1.0, device=device, **networks), device)
 
 
-def peer_corl_td3_bc(folder: str, device: str) -> Step:
+def corl_td3_bc_networks(
+    code: Any,
+    sizes: tuple[int, int],
+    lr: float = 3e-4,
+    critic_lr: float = 3e-4,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Actor, critics and their optimizers under the names of CORL's `TD3_BC`."""
     import torch
 
-    code = script(folder, "algorithms/offline/td3_bc.py")
-    networks: dict[str, Any] = {"actor": code.Actor(OBS, ACTIONS, 1.0)}
-    networks |= {f"critic_{n}": code.Critic(OBS, ACTIONS) for n in (1, 2)}
+    networks: dict[str, Any] = {"actor": code.Actor(*sizes, 1.0)}
+    networks |= {f"critic_{n}": code.Critic(*sizes) for n in (1, 2)}
     for name in list(networks):
-        network = networks[name].to(device)
-        networks[f"{name}_optimizer"] = torch.optim.Adam(network.parameters(), lr=3e-4)
+        rate = lr if name == "actor" else critic_lr
+        weights = networks[name].to(device).parameters()
+        networks[f"{name}_optimizer"] = torch.optim.Adam(weights, lr=rate)
+    return networks
+
+
+def peer_corl_td3_bc(folder: str, device: str) -> Step:
+    code = script(folder, "algorithms/offline/td3_bc.py")
+    networks = corl_td3_bc_networks(code, (OBS, ACTIONS), device=device)
     return corl_step(code.TD3_BC(1.0, device=device, **networks), device)
 
 
