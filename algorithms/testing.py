@@ -34,6 +34,7 @@ from algorithms.api import (
     Train,
     phase_of,
 )
+from algorithms.blocks import products
 from algorithms.blocks.rng import Rng, RowRng, Stream
 from algorithms.blocks.windows import window_starts
 
@@ -576,7 +577,7 @@ def check_compiled(case: Case, tolerance: float = 1e-4) -> None:
     """
 
     def compiled(step: Any) -> Any:
-        return torch.compile(step, fullgraph=True, dynamic=False)
+        return products.compiled(step, fullgraph=True, dynamic=False)
 
     torch._dynamo.reset()
     first = case.seeds[:1]

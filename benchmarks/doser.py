@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from algorithms import doser
 from algorithms.api import Batch, Metrics, phase_of
+from algorithms.blocks import products
 from algorithms.blocks.critics import polyak_update, squared_td_error
 from algorithms.blocks.optim import gradients
 from algorithms.blocks.rng import Rng, Stream
@@ -130,7 +131,7 @@ def measure(case: str, seeds: int, mode: str, device: torch.device, budget: floa
                 run(step, number)
         gflop = counter.get_total_flops() / period / seeds / 1e9
         compiled = mode == "compiled"
-        compute = torch.compile(step, fullgraph=True, dynamic=False) if compiled else step
+        compute = products.compiled(step, fullgraph=True, dynamic=False) if compiled else step
         for number in range(2 * period):
             run(compute, number)
         synchronize()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from algorithms.api import Policy
+from algorithms.blocks import products
 from algorithms.blocks.rng import RowRng, Stream
 
 MIN_ROWS = 4
@@ -96,7 +97,7 @@ class Evaluator:
         self.action_low, self.action_high = env.action_space.low, env.action_space.high
         # Rows leave as episodes end: one graph for all numbers of them, which costs nothing where
         # padded rows would cost what they cost in play.
-        self._call = torch.compile(_call, dynamic=True) if compiled else _call
+        self._call = products.compiled(_call, dynamic=True) if compiled else _call
 
     def run(
         self,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from algorithms.blocks import products
 from algorithms.blocks.rng import RowRng, Stream
 from harness import provenance
 from harness.policies import Loader, Trained, observations
@@ -158,7 +159,7 @@ def _caller(trainer: Trainer, obs: torch.Tensor, compiled: bool) -> Callable[[],
 
     # Graphs are kept, and tried in turn, by code object: one of its own for each.
     own = types.FunctionType(act.__code__.replace(), globals(), "act", None, act.__closure__)
-    function = torch.compile(own, fullgraph=True, dynamic=False) if compiled else None
+    function = products.compiled(own, fullgraph=True, dynamic=False) if compiled else None
 
     def one_graph() -> float:
         assert function is not None

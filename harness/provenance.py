@@ -75,18 +75,20 @@ def _git(folder: Path, *arguments: str) -> str:
 
 @lru_cache(maxsize=1)
 def hardware() -> dict[str, Any]:
-    """Host, processor, cores, memory in bytes and, with CUDA, the GPU's name."""
+    """Host, processor, cores, what its products run on, memory in bytes and, with CUDA, the GPU."""
     import psutil
+    import torch
+
+    from algorithms.blocks import products
 
     found: dict[str, Any] = {
         "host": platform.node(),
         "machine": platform.machine(),
         "cpu": _cpu_name(),
         "cores": os.cpu_count() or 1,
+        "cpu_products": products.library(),
         "memory_bytes": psutil.virtual_memory().total,
     }
-    import torch
-
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name(0)
     return found

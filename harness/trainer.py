@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from algorithms.api import Dataset, Learner, phase_of
+from algorithms.blocks import products
 from algorithms.blocks.rng import Rng, Stream
 from harness.cuda_graphs import GraphedStep, Step
 from harness.provenance import compiler
@@ -158,7 +159,7 @@ class Trainer:
         self._sums: dict[tuple[int, ...], _Sums] = {}  # of the open chunk, by phase
         self._called: set[tuple[int, ...]] = set()  # phases whose step was called
         self._step_function: Step = (
-            torch.compile(self._one_step, fullgraph=True, dynamic=False)
+            products.compiled(self._one_step, fullgraph=True, dynamic=False)
             if compile_step
             else self._one_step
         )

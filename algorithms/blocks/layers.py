@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from algorithms.api import Rng
+from algorithms.blocks.products import matmul
 
 M = TypeVar("M", bound=nn.Module)
 Activation = Callable[[Tensor], Tensor]
@@ -126,7 +127,7 @@ class Linear(nn.Module):
         elif self.mixed:
             y = torch.matmul(flat.bfloat16(), self.weight.bfloat16()).float()
         else:
-            y = torch.matmul(flat, self.weight)
+            y = matmul(flat, self.weight)
         y = y + self.bias.unsqueeze(-2)
         return y if len(rows) == 1 else y.unflatten(lead, rows)
 
