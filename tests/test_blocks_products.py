@@ -41,10 +41,14 @@ def test_products_are_those_of_double_precision(chosen, lead_a, lead_b):
     with torch.no_grad():
         found = products.matmul(a, b)
         transposed = products.matmul(a.mT.contiguous().mT, b.mT.contiguous().mT)
+        parts = products.matmul(torch.cat([a, a], -1)[..., :70], torch.cat([b, b], -1)[..., 90:])
+        expanded = products.matmul(a[..., :1].expand_as(a), b[..., :1].expand_as(b))
     exact = a.double() @ b.double()
     assert found.dtype == torch.float32
-    for value in (found, transposed):
+    for value in (found, transposed, parts):
         torch.testing.assert_close(value.double(), exact, rtol=0.0, atol=1e-4)
+    row = a[..., :1].double() * b[..., :1].double().sum(dim=-2, keepdim=True)
+    torch.testing.assert_close(expanded.double(), row.expand_as(exact), rtol=0.0, atol=1e-3)
 
 
 @needs_onednn
