@@ -535,7 +535,8 @@ def mib_of_faults(sizes):
 
 assert mib_of_faults(range(1, 15)) > 0.8 * sum(range(1, 15))
 keep_freed_memory()
-assert mib_of_faults(range(15, 30)) < 0.2 * sum(range(15, 30))
+# 0.09 to 0.26 by where the heap ends; all of it unless kept.
+assert mib_of_faults(range(15, 30)) < 0.5 * sum(range(15, 30))
 """
 
 
